@@ -1,0 +1,49 @@
+# Each target sets up what it needs: Python 3.11 or newer, git and make are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+
+.PHONY: help demo test screenshots reference lint format lock clean
+
+help: ## Show what can be made
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+
+$(VENV)/.installed: requirements-dev.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --no-deps --require-hashes -r requirements-dev.lock
+	$(PIP) --no-deps --no-build-isolation --editable . 2>$(VENV)/install.log || { cat $(VENV)/install.log; exit 1; }
+	@touch $@
+
+demo: $(VENV)/.installed ## Say a sentence with the sandbox, tracked in Prefect, into audio/
+	$(BIN)/prefect-nanogpt say "Hello! This sentence went from a ticket to verified audio in a Prefect flow." --save-to audio
+
+test: $(VENV)/.installed ## Run the tests
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+
+screenshots: $(VENV)/.installed ## Photograph the Prefect UI for the documentation (needs Chromium)
+	SCREENSHOTS=docs/images $(BIN)/python -m pytest tests/test_ui.py
+
+reference: $(VENV)/.installed ## Make docs/reference.md from the docstrings
+	$(BIN)/python docs/make_reference.py
+
+lint: $(VENV)/.installed ## Check style and types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	@# flows/ and tasks/ are installed inside the package, where no type checker finds them before that.
+	rm -rf build $(VENV)/typed && $(PIP) --no-deps --no-build-isolation --target $(VENV)/typed .
+	cd $(VENV)/typed && MYPYPATH=. ../bin/mypy --config-file ../../pyproject.toml -p prefect_nanogpt
+
+format: $(VENV)/.installed ## Rewrite the code in its style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+lock: ## Resolve the dependencies anew into requirements-dev.lock
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --extra sandbox --extra audio --extra s3 --group dev \
+	  --generate-hashes --no-header --no-annotate --quiet --upgrade -o requirements-dev.lock
+
+clean: ## Remove what was made
+	rm -rf $(VENV) audio build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

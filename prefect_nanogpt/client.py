@@ -1,0 +1,373 @@
+"""NanoGPT's text-to-speech API over HTTP: submit, look, download. Nothing of Prefect, and no retries.
+
+Every failure becomes one of `prefect_nanogpt.errors`, which says whether repeating the call can help.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import math
+import platform
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from decimal import Decimal
+from email.utils import parsedate_to_datetime
+from http.cookiejar import DefaultCookiePolicy
+from types import TracebackType
+from typing import Any, Final, Self
+
+import httpx
+
+from prefect_nanogpt import __version__
+from prefect_nanogpt.errors import (
+    CONTENT_POLICY_VIOLATION,
+    AudioError,
+    ContentPolicyViolation,
+    CredentialsError,
+    ProviderError,
+    SubmissionUncertain,
+)
+from prefect_nanogpt.models import (
+    AudioContent,
+    SpeechModel,
+    Submission,
+    Ticket,
+    TTSRequest,
+    TTSStatus,
+    error_in,
+    parse_speech_model,
+    parse_status,
+    parse_submission,
+)
+
+__all__ = ["DEFAULT_BASE_URL", "NanoGPTClient"]
+
+DEFAULT_BASE_URL: Final = "https://nano-gpt.com/api"
+
+STATUS_TIMEOUT: Final = httpx.Timeout(30.0, connect=10.0, pool=None)
+# Models that answer with the audio itself take as long as the speech takes to make.
+SUBMIT_TIMEOUT: Final = httpx.Timeout(180.0, connect=10.0, pool=None)
+REQUESTS_AT_ONCE: Final = 16
+"""httpx's pool slows down with the square of the requests that wait in it, so they wait in front of it."""
+DOWNLOADS_AT_ONCE: Final = 8
+MAX_REDIRECTS: Final = 5
+
+_RETRYABLE_STATUSES: Final = frozenset({404, 408, 429})
+# A redirect with one of these says that the resource is elsewhere, so nothing was done about the request here.
+_MOVED: Final = frozenset({301, 307, 308})
+_NOTHING_SENT: Final = (
+    httpx.ConnectError,
+    httpx.ConnectTimeout,
+    httpx.PoolTimeout,
+    httpx.UnsupportedProtocol,
+)
+
+
+class NanoGPTClient:
+    """An asynchronous client of NanoGPT's text-to-speech API.
+
+    The API key goes to `base_url` and nowhere else: audio is fetched from its third-party host through a connection
+    of its own that carries no key and keeps no cookies.
+
+    Args:
+        api_key: The NanoGPT API key.
+        base_url: The root of the API, without a trailing slash.
+
+    Raises:
+        CredentialsError: The key is empty, or has characters that an HTTP header cannot carry.
+
+    Example:
+        >>> async with NanoGPTClient(api_key) as client:
+        ...     status = await client.status(ticket)
+    """
+
+    def __init__(self, api_key: str, base_url: str = DEFAULT_BASE_URL) -> None:
+        api_key = api_key.strip()
+        if not api_key or not (api_key.isascii() and api_key.isprintable()) or " " in api_key:
+            raise CredentialsError("The NanoGPT API key is empty or has characters that no key has.")
+        self.base_url = base_url.rstrip("/")
+        user_agent = f"prefect-nanogpt/{__version__} Python/{platform.python_version()}"
+        ssl_context = httpx.create_ssl_context()
+        self._api = httpx.AsyncClient(
+            headers={"x-api-key": api_key, "user-agent": user_agent, "accept": "application/json, audio/*"},
+            timeout=STATUS_TIMEOUT,
+            verify=ssl_context,
+        )
+        self._audio = httpx.AsyncClient(
+            headers={"user-agent": user_agent, "accept": "audio/*, */*;q=0.1", "accept-encoding": "identity"},
+            timeout=STATUS_TIMEOUT,
+            verify=ssl_context,
+        )
+        self._audio.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        self._api_gate = asyncio.Semaphore(REQUESTS_AT_ONCE)
+        self._audio_gate = asyncio.Semaphore(DOWNLOADS_AT_ONCE)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        await self._api.aclose()
+        await self._audio.aclose()
+
+    async def submit(self, request: TTSRequest) -> Submission:
+        """Submit a job, once. What is accepted is charged at once, and the provider knows no idempotency key.
+
+        Args:
+            request: What to say, and how.
+
+        Returns:
+            A ticket, or the finished audio (as a URL, or as bytes) from models that answer at once.
+
+        Raises:
+            SubmissionUncertain: It is not known whether the provider accepted the job: the connection broke after the
+                request had left, the answer was a server error, or it could not be understood.
+            ContentPolicyViolation: The provider refused the text; nothing was accepted.
+            ProviderError: Nothing was accepted. `retryable` only where no connection was made, or on a throughput 429.
+        """
+        try:
+            async with self._api_gate:
+                response = await self._api.post(f"{self.base_url}/tts", json=request.body(), timeout=SUBMIT_TIMEOUT)
+        except _NOTHING_SENT as error:
+            raise self._unreachable(error) from None
+        except httpx.HTTPError as error:
+            raise SubmissionUncertain(
+                f"The connection to {self.base_url} broke after the request had left ({_words(error)})."
+            ) from None
+        if 400 <= response.status_code < 500 and response.status_code != 408:
+            refusal = _answered_error(response)
+            refusal.retryable = refusal.retryable and response.status_code == 429
+            raise refusal
+        if response.status_code in _MOVED:
+            raise _answered_error(response)
+        if not response.is_success:
+            said = _answered_error(response)
+            raise SubmissionUncertain(
+                f"The provider answered the submission with HTTP {response.status_code}: {said.message}",
+                http_status=response.status_code,
+                request_id=said.request_id,
+            )
+        content_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+        body = _json_in(response)
+        is_text = content_type.startswith("text/") or response.content.lstrip()[:1] in (b"", b"<", b"{", b"[")
+        if not is_text and content_type != "application/json":
+            return AudioContent(content=response.content, content_type=content_type or None)
+        try:
+            if not isinstance(body, dict):
+                raise ValueError("the answer is not a JSON object")
+            return parse_submission(body, request)
+        except ValueError as error:
+            code, message = error_in(body)
+            if code or message:
+                raise _rejection(code, message or "", response) from None
+            raise SubmissionUncertain(
+                f"The provider answered HTTP {response.status_code}, but {_first_line(error)}.",
+                http_status=response.status_code,
+                request_id=_request_id(response),
+            ) from None
+
+    async def status(self, ticket: Ticket) -> TTSStatus:
+        """Look at a job, once. Free of charge.
+
+        The ticket's cost, payment source and origin go along: they drive the provider's automatic refund.
+
+        Raises:
+            ProviderError: There was no status. `retryable` on transport errors, 404 (a job accepted just now may not
+                be visible yet), 408, throughput 429, server errors and bodies that are not a status.
+        """
+        params = {"runId": ticket.run_id, "model": ticket.model}
+        if ticket.cost is not None:
+            params["cost"] = format(ticket.cost, "f")
+        if ticket.payment_source:
+            params["paymentSource"] = ticket.payment_source
+        params["isApiRequest"] = "true" if ticket.is_api_request else "false"
+        try:
+            async with self._api_gate:
+                response = await self._api.get(f"{self.base_url}/tts/status", params=params)
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from None
+        if not response.is_success:
+            raise _answered_error(response)
+        body = _json_in(response)
+        try:
+            if not isinstance(body, dict):
+                raise ValueError("the answer is not a JSON object")
+            return parse_status(body)
+        except ValueError as error:
+            raise ProviderError(
+                f"The provider answered HTTP {response.status_code}, but {_first_line(error)}.",
+                code="UNEXPECTED_ANSWER",
+                retryable=True,
+                http_status=response.status_code,
+                request_id=_request_id(response),
+            ) from None
+
+    async def speech_model(self, model: str) -> SpeechModel | None:
+        """Look a model up in the provider's catalogue (`GET /v1/audio-models`); None where it is not in it.
+
+        Raises:
+            ProviderError: The catalogue could not be read.
+        """
+        try:
+            async with self._api_gate:
+                response = await self._api.get(
+                    f"{self.base_url}/v1/audio-models", params={"detailed": "true", "type": "tts"}
+                )
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from None
+        if not response.is_success:
+            raise _answered_error(response)
+        body = _json_in(response)
+        rows = body.get("data") if isinstance(body, dict) else None
+        for row in rows if isinstance(rows, list) else ():
+            if isinstance(row, dict) and row.get("id") == model:
+                return parse_speech_model(row)
+        return None
+
+    @asynccontextmanager
+    async def download(self, url: str) -> AsyncIterator[httpx.Response]:
+        """Open the audio at `url`, on whichever host it is, for streaming.
+
+        Redirects are followed under the same rules: http or https, and where the API is https also https and a public
+        address, so that an answer cannot point this process at a machine of its own network.
+
+        Raises:
+            AudioError: The URL is not allowed, cannot be reached, or does not answer with HTTP 200.
+        """
+        async with self._audio_gate:
+            for _ in range(MAX_REDIRECTS + 1):
+                await self._check_audio_url(url)
+                begun = False
+                try:
+                    async with self._audio.stream("GET", url) as response:
+                        if response.has_redirect_location:
+                            url = str(response.url.join(response.headers["location"]))
+                            continue
+                        if response.status_code != httpx.codes.OK:
+                            raise AudioError(
+                                f"The audio host {response.url.host} answered HTTP {response.status_code}.",
+                                retryable=True,
+                                http_status=response.status_code,
+                            )
+                        begun = True
+                        yield response
+                        return
+                except httpx.HTTPError as error:
+                    raise AudioError(
+                        f"The audio could not be read from {_host(url)} ({_words(error)}).",
+                        code="AUDIO_TRUNCATED" if begun else None,
+                        retryable=True,
+                    ) from None
+            raise AudioError(f"The audio host redirected more than {MAX_REDIRECTS} times.")
+
+    async def _check_audio_url(self, url: str) -> None:
+        try:
+            parsed = httpx.URL(url)
+        except httpx.InvalidURL:
+            raise AudioError("The provider gave an audio URL that is not a URL.") from None
+        strict = self.base_url.lower().startswith("https:")
+        allowed = {"https"} if strict else {"https", "http"}
+        if parsed.scheme not in allowed or not parsed.host:
+            raise AudioError(
+                f"The provider gave an audio URL that is not {' or '.join(sorted(allowed))}, so it was not fetched."
+            )
+        if strict and not await _is_public(parsed.host, parsed.port or 443):
+            raise AudioError(
+                f"The audio URL points at {parsed.host}, which is not a public address, so it was not fetched."
+            )
+
+    def _unreachable(self, error: httpx.HTTPError) -> ProviderError:
+        return ProviderError(
+            f"{self.base_url} could not be reached ({_words(error)}).",
+            code="PROVIDER_UNREACHABLE",
+            retryable=True,
+        )
+
+
+def _answered_error(response: httpx.Response) -> ProviderError | ContentPolicyViolation:
+    """Turn an error answer into one exception, whatever the shape of its body."""
+    code, message = error_in(_json_in(response))
+    return _rejection(code, message or response.reason_phrase or "no reason given", response)
+
+
+def _rejection(code: str | None, message: str, response: httpx.Response) -> ProviderError | ContentPolicyViolation:
+    status = response.status_code
+    details: dict[str, Any] = {"http_status": status, "request_id": _request_id(response)}
+    if code == CONTENT_POLICY_VIOLATION:
+        return ContentPolicyViolation(message, **details)
+    retry_after = _retry_after_seconds(response)
+    daily_cap = status == 429 and (code or "").startswith("DAILY_")
+    message = message if message.endswith((".", "!", "?")) else f"{message}."
+    if retry_after is not None and daily_cap:
+        message += f" Come back in {retry_after:.0f} s."
+    return ProviderError(
+        f"{message} (HTTP {status})",
+        code=code,
+        retryable=(status in _RETRYABLE_STATUSES or status >= 500) and status != 501 and not daily_cap,
+        retry_after_seconds=retry_after,
+        **details,
+    )
+
+
+def _json_in(response: httpx.Response) -> Any:
+    try:
+        # Money is exact: a JSON number becomes a Decimal without passing through binary floating point.
+        return json.loads(response.content, parse_float=Decimal)
+    except ValueError:
+        return None
+
+
+def _request_id(response: httpx.Response) -> str | None:
+    request_id: str | None = response.headers.get("x-request-id")
+    return request_id
+
+
+def _retry_after_seconds(response: httpx.Response) -> float | None:
+    """Read `Retry-After`, which is a number of seconds or an HTTP date."""
+    value = response.headers.get("retry-after", "").strip()
+    if not value:
+        return None
+    try:
+        seconds = float(value)
+        return max(0.0, seconds) if math.isfinite(seconds) else None
+    except ValueError:
+        pass
+    try:
+        at = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    return max(0.0, (at.replace(tzinfo=at.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+
+
+async def _is_public(host: str, port: int) -> bool:
+    """Whether a name resolves to public addresses only. A name that this machine cannot resolve may pass a proxy."""
+    try:
+        infos = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        return True
+    return all(ipaddress.ip_address(str(info[4][0]).partition("%")[0]).is_global for info in infos)
+
+
+def _host(url: str) -> str:
+    return httpx.URL(url).host
+
+
+def _words(error: Exception) -> str:
+    """Name a transport error: httpx leaves the text of some of them empty."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

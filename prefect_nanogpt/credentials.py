@@ -1,0 +1,128 @@
+"""The API key: where it is kept, where it is looked for, and the client that carries it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from typing import ClassVar
+
+from prefect.blocks.abstract import CredentialsBlock
+from pydantic import Field, HttpUrl, SecretStr, ValidationError, field_validator
+
+from prefect_nanogpt.client import DEFAULT_BASE_URL, NanoGPTClient
+from prefect_nanogpt.errors import CredentialsError
+
+__all__ = ["NanoGPTCredentials", "nanogpt_client"]
+
+
+class NanoGPTCredentials(CredentialsBlock):
+    """Holds a NanoGPT API key. Save one named `default` and every flow of this package finds it by itself.
+
+    Attributes:
+        api_key: The NanoGPT API key.
+        base_url: The root of the API, for a proxy, NanoGPT's other host, or the sandbox.
+
+    Example:
+        Load stored credentials and look at a job:
+
+        ```python
+        from prefect_nanogpt import NanoGPTCredentials
+        from prefect_nanogpt.models import Ticket
+
+        credentials = NanoGPTCredentials.load("BLOCK_NAME")
+        async with credentials.get_client() as client:
+            status = await client.status(Ticket(run_id="98b0d593", model="Elevenlabs-Turbo-V2.5"))
+        ```
+    """
+
+    _block_type_name: ClassVar[str] = "NanoGPT Credentials"
+    _block_type_slug: ClassVar[str] = "nanogpt-credentials"
+    _logo_url: ClassVar[HttpUrl] = HttpUrl("https://nano-gpt.com/logo.png")
+    _documentation_url: ClassVar[HttpUrl] = HttpUrl("https://docs.nano-gpt.com/api-reference/endpoint/tts")
+
+    api_key: SecretStr = Field(
+        title="API key",
+        description="The NanoGPT API key, sent to the base URL and nowhere else.",
+        examples=["sk-nano-..."],
+    )
+    base_url: str = Field(
+        DEFAULT_BASE_URL,
+        title="Base URL",
+        description="The root of the API; change it for a proxy or the sandbox.",
+        pattern=r"^https?://[^\s/?#]+\S*$",
+    )
+
+    @field_validator("api_key")
+    @classmethod
+    def _is_not_blank(cls, api_key: SecretStr) -> SecretStr:
+        if not api_key.get_secret_value().strip():
+            raise ValueError("the API key is empty")
+        return api_key
+
+    def get_client(self) -> NanoGPTClient:
+        """Make a client, to be closed by whoever asked for it (`async with`).
+
+        Raises:
+            CredentialsError: The key has characters that no key has.
+        """
+        return NanoGPTClient(self.api_key.get_secret_value(), self.base_url)
+
+
+async def find_credentials() -> NanoGPTCredentials:
+    """Find credentials where none were given: the saved block `default`, else the environment.
+
+    Raises:
+        CredentialsError: There are none (says both ways of giving them), or the address is not one.
+    """
+    try:
+        block = await NanoGPTCredentials.aload("default")
+    except ValueError:
+        pass
+    else:
+        assert isinstance(block, NanoGPTCredentials)
+        return block
+    if not (api_key := os.environ.get("NANOGPT_API_KEY", "").strip()):
+        raise CredentialsError(
+            "There is no NanoGPT API key. Save a NanoGPT Credentials block named 'default' in Prefect, or set "
+            "NANOGPT_API_KEY in the environment of the process that runs the flow. No request was made."
+        )
+    base_url = os.environ.get("NANOGPT_BASE_URL") or DEFAULT_BASE_URL
+    try:
+        return NanoGPTCredentials(api_key=SecretStr(api_key), base_url=base_url)
+    except ValidationError:
+        raise CredentialsError(f"NANOGPT_BASE_URL={base_url!r} is not an http or https URL.") from None
+
+
+_open_client: ContextVar[tuple[NanoGPTClient, NanoGPTCredentials | None, asyncio.AbstractEventLoop] | None]
+_open_client = ContextVar("nanogpt_client", default=None)
+
+
+@asynccontextmanager
+async def nanogpt_client(credentials: NanoGPTCredentials | None) -> AsyncIterator[NanoGPTClient]:
+    """Lend the client that the flow run has open, or open one for this block.
+
+    A flow opens one client and the tasks it calls share its connections; a task that is called on its own gets one
+    for itself.
+
+    Args:
+        credentials: The credentials to use; None for those of the flow, or else those that `find_credentials` finds.
+
+    Raises:
+        CredentialsError: There is no usable key.
+    """
+    lent = _open_client.get()
+    if lent is not None:
+        client, of, loop = lent
+        if credentials in (None, of) and loop is asyncio.get_running_loop():
+            yield client
+            return
+    found = credentials or await find_credentials()
+    async with found.get_client() as client:
+        token = _open_client.set((client, credentials, asyncio.get_running_loop()))
+        try:
+            yield client
+        finally:
+            _open_client.reset(token)

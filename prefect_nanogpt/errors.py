@@ -1,0 +1,128 @@
+"""Everything that can go wrong, as one family of exceptions.
+
+Each exception has a `code`, the word a run is filtered by in the Prefect UI, and its text starts with it. All of
+them survive pickling, because Prefect carries them from a task or a child flow run to whoever awaits it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from prefect_nanogpt.models import Ticket
+
+__all__ = [
+    "AudioError",
+    "ContentPolicyViolation",
+    "CredentialsError",
+    "NanoGPTError",
+    "ProviderError",
+    "StorageError",
+    "SubmissionUncertain",
+    "TTSJobRejected",
+    "TTSTimeout",
+]
+
+CONTENT_POLICY_VIOLATION = "CONTENT_POLICY_VIOLATION"
+TTS_FAILED = "TTS_FAILED"
+
+
+def normalize_code(code: object) -> str | None:
+    """Reduce a provider's code to `A-Z`, `0-9` and `_`, at most 64 characters; None where nothing is left.
+
+    Example:
+        >>> normalize_code("content-policy violation")
+        'CONTENT_POLICY_VIOLATION'
+    """
+    if not isinstance(code, str):
+        return None
+    return re.sub(r"[^A-Z0-9]+", "_", code.upper()).strip("_")[:64].rstrip("_") or None
+
+
+class NanoGPTError(Exception):
+    """Base class of all errors of this package.
+
+    Args:
+        message: What happened and what to do next, without the code.
+        code: The code to report instead of the class's own.
+        retryable: Whether the same call may succeed if it is repeated, at no cost.
+        ticket: The ticket of the job concerned, where there is one.
+        http_status: The HTTP status that the provider answered with.
+        request_id: The provider's `X-Request-ID`, to quote to its support.
+        retry_after_seconds: How long the provider asked to wait, in seconds.
+
+    Example:
+        >>> str(NanoGPTError("The voice is unknown.", code="invalid_voice"))
+        'INVALID_VOICE: The voice is unknown.'
+    """
+
+    default_code: ClassVar[str] = TTS_FAILED
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        code: str | None = None,
+        retryable: bool = False,
+        ticket: Ticket | None = None,
+        http_status: int | None = None,
+        request_id: str | None = None,
+        retry_after_seconds: float | None = None,
+    ) -> None:
+        # Pickle calls the class with `args` and then restores the attributes, so `args` holds the message alone.
+        super().__init__(message)
+        self.message = message
+        self.code = normalize_code(code) or self.default_code
+        self.retryable = retryable
+        self.ticket = ticket
+        self.http_status = http_status
+        self.request_id = request_id
+        self.retry_after_seconds = retry_after_seconds
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.message}"
+
+
+class CredentialsError(NanoGPTError):
+    """There is no usable API key. Raised before any request is made."""
+
+    default_code = "MISSING_CREDENTIALS"
+
+
+class ProviderError(NanoGPTError):
+    """The API could not be reached, or answered with an error instead of a job's status."""
+
+
+class TTSJobRejected(NanoGPTError):
+    """The provider gave up on a job: it will never have audio. `ticket` says which."""
+
+
+class ContentPolicyViolation(TTSJobRejected):
+    """The provider refused the text itself. The same text would be refused again."""
+
+    default_code = CONTENT_POLICY_VIOLATION
+
+
+class TTSTimeout(NanoGPTError):
+    """The deadline passed while the job was still under way. The job itself goes on: wait for its `ticket` again."""
+
+    default_code = "TTS_TIMEOUT"
+
+
+class AudioError(NanoGPTError):
+    """The finished job's audio could not be fetched, or what came is not audio."""
+
+    default_code = "AUDIO_UNAVAILABLE"
+
+
+class StorageError(NanoGPTError):
+    """The audio cannot be written where it was asked to go."""
+
+    default_code = "STORAGE_FAILED"
+
+
+class SubmissionUncertain(NanoGPTError):
+    """A submission left, and whether the provider accepted (and charged) it is not known. Never retried by itself."""
+
+    default_code = "SUBMISSION_UNCERTAIN"

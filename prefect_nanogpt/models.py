@@ -1,0 +1,388 @@
+"""The provider's words as types: what is sent, what is answered, and what is kept of it.
+
+Sources: NanoGPT's documentation of `POST /tts` and `GET /tts/status`, and what clients of the live API report. Fields
+that only some answers carry are optional, unknown ones are ignored, and an unknown status word means "still waiting".
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Any, Final, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from prefect_nanogpt.errors import CONTENT_POLICY_VIOLATION, TTS_FAILED, normalize_code
+from prefect_nanogpt.polling import PollSchedule
+
+__all__ = [
+    "AudioContent",
+    "AudioFile",
+    "Completed",
+    "Pending",
+    "PollSchedule",
+    "Rejected",
+    "SpeechModel",
+    "Submission",
+    "TTSRequest",
+    "TTSStatus",
+    "Ticket",
+    "parse_speech_model",
+    "parse_status",
+    "parse_submission",
+]
+
+DEFAULT_MODEL: Final = "Elevenlabs-Turbo-V2.5"
+
+_SUCCESS_WORDS: Final = frozenset({"completed", "succeeded"})
+_FAILURE_WORDS: Final = frozenset({"error", "failed", "cancelled", "canceled", "content_policy_violation"})
+LONGEST_MESSAGE: Final = 2_000
+"""How much of the provider's words is kept, in characters: they become state messages."""
+_PATH_STEP: Final = re.compile(r"(^|[\\/])\.\.?([\\/]|$)")
+
+
+class Ticket(BaseModel):
+    """A job that the provider has accepted and charged for. Whoever holds it can fetch the audio.
+
+    Takes the provider's JSON as it is, or snake_case names. Only the run id and the model are needed, but `cost`,
+    `paymentSource` and `isApiRequest` go on every status call, where they drive the provider's automatic refund.
+
+    Example:
+        >>> Ticket.model_validate({"runId": "98b0d593", "model": "Elevenlabs-V3", "cost": 0.005}).cost
+        Decimal('0.005')
+    """
+
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True, frozen=True, protected_namespaces=())
+
+    run_id: str = Field(
+        alias="runId",
+        min_length=1,
+        max_length=512,
+        title="Run id",
+        description="The provider's identifier of the job, `runId` in its answer.",
+    )
+    model: str = Field(
+        min_length=1, title="Model", description="The model the job was submitted to, exactly as submitted."
+    )
+    cost: Decimal | None = Field(
+        None, ge=0, title="Cost", description="What was charged, in the unit of the payment source."
+    )
+    payment_source: str | None = Field(
+        None,
+        alias="paymentSource",
+        title="Payment source",
+        description="What was charged from, such as USD or XNO.",
+    )
+    is_api_request: bool = Field(
+        True,
+        alias="isApiRequest",
+        title="API request",
+        description="Whether the job was submitted through the API.",
+    )
+
+    @field_validator("run_id", "model", mode="before")
+    @classmethod
+    def _strip(cls, value: object) -> object:
+        return value.strip() if isinstance(value, str) else value
+
+    @field_validator("run_id")
+    @classmethod
+    def _is_an_id(cls, run_id: str) -> str:
+        if _PATH_STEP.search(run_id) or not run_id.isprintable():
+            raise ValueError("a run id is a plain identifier, not a path")
+        return run_id
+
+    @field_validator("model", "payment_source")
+    @classmethod
+    def _is_one_line(cls, words: str | None) -> str | None:
+        if words is not None and not words.isprintable():
+            raise ValueError("this is more than one line of plain text")
+        return words
+
+    @field_validator("is_api_request", mode="before")
+    @classmethod
+    def _default_is_api_request(cls, value: object) -> object:
+        return True if value is None else value
+
+    def to_json(self, indent: int | None = None) -> str:
+        """Write the ticket as the provider's JSON, ready to be pasted into `wait_for_tts`."""
+        return json.dumps(self.model_dump(exclude_none=True), default=float, indent=indent)
+
+
+class TTSRequest(BaseModel):
+    """What to say, and how. Options that are not listed here are passed on to the model as they are.
+
+    The ranges are the provider's documented ones; each model reads only some of the options.
+
+    Example:
+        >>> TTSRequest(text="Hello!", voice="Rachel", emotion="calm").body()["emotion"]
+        'calm'
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+
+    text: str = Field(description="What to say.")
+    model: str = Field(DEFAULT_MODEL, min_length=1, description="The provider's model id.")
+    voice: str | None = Field(None, description="A voice of the model; the provider chooses where it is left out.")
+    speed: float | None = Field(None, ge=0.1, le=5, description="Speaking rate, 1 is normal.")
+    response_format: str | None = Field(None, description="mp3, opus, aac, flac or wav; OpenAI models only.")
+    instructions: str | None = Field(None, description="How to say it, in words; few models follow it.")
+    stability: float | None = Field(None, ge=0, le=1, description="ElevenLabs: evenness of the voice.")
+    similarity_boost: float | None = Field(None, ge=0, le=1, description="ElevenLabs: closeness to the voice.")
+    style: float | None = Field(None, ge=0, le=1, description="ElevenLabs: exaggeration of the style.")
+    language: str | None = Field(None, description="The language, in the model's own vocabulary.")
+    prompt: str | None = Field(None, description="Qwen: a style prompt.")
+    reference_text: str | None = Field(None, description="Qwen: what the reference voice says.")
+    speaker_voice_embedding_file_url: str | None = Field(None, description="Qwen: URL of a cloned voice.")
+
+    @field_validator("text")
+    @classmethod
+    def _says_something(cls, text: str) -> str:
+        if not text.strip():
+            raise ValueError("the text is empty: there is nothing to say")
+        return text
+
+    @field_validator("response_format")
+    @classmethod
+    def _can_be_verified(cls, response_format: str | None) -> str | None:
+        if response_format == "pcm":
+            raise ValueError("raw PCM has no header to verify it by; ask for wav instead")
+        return response_format
+
+    def body(self) -> dict[str, Any]:
+        """Give the JSON body of the request: every option that was set."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+class Pending(BaseModel):
+    """The job is still under way.
+
+    Attributes:
+        word: The provider's status word, in lower case.
+        queue_position: Its place in the queue, where the provider says.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    word: str
+    queue_position: int | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the word is one that the provider or its clients are known to use for a job under way."""
+        return self.word in {"pending", "processing", "queued", "in_queue", "in_progress", *_SUCCESS_WORDS}
+
+
+class Completed(BaseModel):
+    """The audio is ready at `audio_url`.
+
+    Attributes:
+        audio_url: Where the provider put the audio, on a host of somebody else's.
+        content_type: The announced MIME type, where given.
+        duration_seconds: The announced length, in seconds; only answers without a ticket carry it.
+        cost: What was charged, in `currency`; only answers without a ticket carry it reliably.
+        currency: The unit of `cost`.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    audio_url: str
+    content_type: str | None = None
+    duration_seconds: float | None = None
+    cost: Decimal | None = None
+    currency: str | None = None
+
+
+class Rejected(BaseModel):
+    """The provider gave up on the job.
+
+    Attributes:
+        code: The provider's code in upper case, `TTS_FAILED` where it gave none.
+        message: The provider's own words.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    code: str = TTS_FAILED
+    message: str = ""
+
+    @property
+    def is_content_policy(self) -> bool:
+        """Whether the text itself was refused, so that the same text would be refused again."""
+        return self.code == CONTENT_POLICY_VIOLATION
+
+
+class SpeechModel(BaseModel):
+    """What the provider's catalogue says of a model.
+
+    Attributes:
+        id: The model id.
+        usd_per_thousand_chars: The price in USD of a thousand characters of text, where it is priced by them.
+        max_chars: The longest text it takes, in characters, where the catalogue says.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    usd_per_thousand_chars: Decimal | None = None
+    max_chars: int | None = None
+
+    def price(self, text: str) -> Decimal | None:
+        """Give the price of a text in USD, where the catalogue prices by characters."""
+        if self.usd_per_thousand_chars is None:
+            return None
+        return self.usd_per_thousand_chars * len(text) / 1000
+
+
+TTSStatus: TypeAlias = Pending | Completed | Rejected
+
+
+class AudioContent(BaseModel):
+    """Finished audio that came as the very answer to a submission, as some models do."""
+
+    model_config = ConfigDict(frozen=True, ser_json_bytes="base64", val_json_bytes="base64")
+
+    content: bytes
+    content_type: str | None = None
+
+
+Submission: TypeAlias = Ticket | Completed | AudioContent
+
+
+class AudioFile(BaseModel):
+    """Verified audio at rest, and how it came about.
+
+    Attributes:
+        location: The absolute path of the file, or its fsspec URL.
+        container: What the bytes are: `mp3`, `wav`, `ogg`, `flac`, `mp4` or `aac`.
+        content_type: The MIME type of the container.
+        size_bytes: The size in bytes.
+        sha256: The SHA-256 digest of the file, in hexadecimal.
+        duration_seconds: The length in seconds, where it is known.
+        peaks: Its outline: up to 120 peaks from 0 to 100 over its length; empty where it could not be decoded.
+        source_url: Where the provider had it; None where it was found already saved, or came without a URL.
+        ticket: The ticket of the job; None for models that answer at once.
+        cost: What was charged, in `currency`, where the provider said.
+        currency: The unit of `cost`, such as USD.
+        polls: How many status calls it took.
+        waited_seconds: How long the run waited for the job, in seconds.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    location: str
+    container: str
+    content_type: str
+    size_bytes: int
+    sha256: str
+    duration_seconds: float | None = None
+    peaks: tuple[int, ...] = Field((), repr=False)
+    source_url: str | None = None
+    ticket: Ticket | None = None
+    cost: Decimal | None = None
+    currency: str | None = None
+    polls: int = 0
+    waited_seconds: float = 0.0
+
+
+def parse_status(body: Mapping[str, Any]) -> TTSStatus:
+    """Read the JSON of a status answer.
+
+    `completed` without a URL counts as still waiting, since the provider's own sample waits on; so does any word that
+    is not known.
+
+    Raises:
+        ValueError: The body has no status and so is not an answer of this protocol.
+
+    Example:
+        >>> parse_status({"status": "pending", "queuePosition": 3}).queue_position
+        3
+    """
+    word = body.get("status")
+    if not isinstance(word, str) or not word.strip():
+        raise ValueError("the answer has no status")
+    word = word.strip().lower()
+    if word in _FAILURE_WORDS:
+        code, message = error_in(body)
+        if code is None and word == "content_policy_violation":
+            code = CONTENT_POLICY_VIOLATION
+        return Rejected(code=code or TTS_FAILED, message=message or "The provider gave no reason.")
+    if word in _SUCCESS_WORDS and (completed := _completed(body)):
+        return completed
+    position = body.get("queuePosition")
+    return Pending(word=word, queue_position=position if type(position) is int else None)
+
+
+def parse_submission(body: Mapping[str, Any], request: TTSRequest) -> Ticket | Completed:
+    """Read the JSON of an accepted submission: a ticket, or a URL where the model answers at once.
+
+    A ticket has been paid for, so whatever is odd about its other fields, a run id is enough to keep it.
+
+    Raises:
+        ValueError: The body has neither a run id nor a URL.
+    """
+    if run_id := body.get("runId"):
+        essential = {"runId": str(run_id), "model": body.get("model") or request.model}
+        try:
+            return Ticket.model_validate({**body, **essential})
+        except ValidationError:
+            return Ticket.model_validate({**essential, "model": request.model})
+    if completed := _completed(body):
+        return completed
+    raise ValueError("the answer has neither a run id nor an audio URL")
+
+
+def parse_speech_model(row: Mapping[str, Any]) -> SpeechModel:
+    """Read one row of the provider's catalogue of audio models; what is odd in it counts as not said."""
+    pricing = row.get("pricing")
+    pricing = pricing if isinstance(pricing, Mapping) and pricing.get("currency", "USD") == "USD" else {}
+    parameters = row.get("supported_parameters")
+    parameters = parameters if isinstance(parameters, Mapping) else {}
+    try:
+        return SpeechModel(
+            id=row["id"],
+            usd_per_thousand_chars=pricing.get("per_thousand_chars"),
+            max_chars=parameters.get("max_chars"),
+        )
+    except ValidationError:
+        return SpeechModel(id=str(row["id"]))
+
+
+def error_in(body: object) -> tuple[str | None, str | None]:
+    """Find the code and the message in an error body, whatever its shape.
+
+    Covers `{"error": {"message", "type", "code"}}`,
+    `{"error": "text", "code"?, "status"?}`, `{"error": 400, "message"}`
+    and bare `{"message", "type"}`.
+    """
+    if not isinstance(body, Mapping):
+        return None, None
+    error = body.get("error")
+    inner: Mapping[str, Any] = error if isinstance(error, Mapping) else {}
+    messages = (inner.get("message"), error, body.get("message"))
+    codes = (inner.get("code"), body.get("code"), inner.get("type"), body.get("type"))
+    message = next(
+        (text.strip()[:LONGEST_MESSAGE] for text in messages if isinstance(text, str) and text.strip()), None
+    )
+    return next((code for code in map(normalize_code, codes) if code), None), message
+
+
+def _completed(body: Mapping[str, Any]) -> Completed | None:
+    urls = [body.get("audioUrl")]
+    if isinstance(several := body.get("audioUrls"), list):
+        urls += several
+    url = next((url for url in urls if isinstance(url, str) and url), None)
+    if url is None:
+        return None
+    details = {
+        "content_type": body.get("contentType"),
+        "duration_seconds": body.get("duration"),
+        "cost": body.get("cost"),
+        "currency": body.get("currency") or body.get("paymentSource"),
+    }
+    try:
+        return Completed(audio_url=url, **details)
+    except ValidationError:
+        return Completed(audio_url=url)

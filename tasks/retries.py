@@ -1,0 +1,35 @@
+"""When a task of this package is tried again."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final
+
+from prefect import State, Task
+from prefect.client.schemas import TaskRun
+
+from prefect_nanogpt.errors import NanoGPTError
+
+__all__ = ["JITTER", "LONGEST_RETRY_AFTER_SECONDS", "may_help"]
+
+JITTER: Final = 0.3
+LONGEST_RETRY_AFTER_SECONDS: Final = 60.0
+NOT_FOUND_ATTEMPTS: Final = 4
+"""A job accepted just now may not be visible yet, but one that is unknown for long is unknown for good."""
+
+
+async def may_help(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """Say whether to try a failed task again, once the time that the provider asked for has passed.
+
+    A function, not a callable object: Prefect takes the latter for "never".
+    """
+    error = await state.aresult(raise_on_failure=False)
+    if not isinstance(error, NanoGPTError) or not error.retryable:
+        return False
+    if error.http_status == 404 and task_run.run_count >= NOT_FOUND_ATTEMPTS:
+        return False
+    if error.retry_after_seconds is not None:
+        if error.retry_after_seconds > LONGEST_RETRY_AFTER_SECONDS:
+            return False
+        await asyncio.sleep(error.retry_after_seconds)
+    return True

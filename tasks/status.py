@@ -1,0 +1,75 @@
+"""The status of a job, as a task."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from prefect_nanogpt.credentials import NanoGPTCredentials, nanogpt_client
+from prefect_nanogpt.errors import NanoGPTError
+from prefect_nanogpt.models import Ticket, TTSStatus
+from prefect_nanogpt.tasks.limits import stay_under_rate_limit
+from prefect_nanogpt.tasks.retries import JITTER, LONGEST_RETRY_AFTER_SECONDS, may_help
+
+__all__ = ["get_tts_status"]
+
+# Two minutes in all: an outage of a minute in the middle of a wait is nobody's business.
+RETRY_DELAYS_SECONDS: Final[list[float]] = [1, 2, 4, 8, 15, 30, 30, 30]
+
+
+@task(
+    name="get-tts-status",
+    description="Look at a NanoGPT text-to-speech job, once.",
+    retries=len(RETRY_DELAYS_SECONDS),
+    retry_delay_seconds=RETRY_DELAYS_SECONDS,
+    retry_jitter_factor=JITTER,
+    retry_condition_fn=may_help,
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+async def get_tts_status(
+    ticket: Ticket,
+    credentials: NanoGPTCredentials | None = None,
+    max_retry_after_seconds: float = LONGEST_RETRY_AFTER_SECONDS,
+) -> TTSStatus:
+    """Look at a job: exactly one `GET /tts/status`, which costs nothing, with Prefect's retries around it.
+
+    Retried are transport errors, 404 (for a job that was accepted just now), 408, 429, server errors and answers that
+    are not a status. Not retried are other client errors and a daily cap. A rejected job is an answer, not an error.
+
+    Args:
+        ticket: The job.
+        credentials: The credentials; None for the saved block `default`, or else the environment.
+        max_retry_after_seconds: The longest `Retry-After` to wait for, in seconds; with a longer one the task fails at
+            once. Never more than 60.
+
+    Returns:
+        `Pending`, `Completed` (with the URL of the audio) or `Rejected` (with the provider's code).
+
+    Raises:
+        ProviderError: There was no status, for longer than the retries last or for a reason that they cannot mend.
+        CredentialsError: There is no usable API key.
+
+    Example:
+        ```python
+        from prefect import flow
+        from prefect_nanogpt.models import Completed, Ticket
+        from prefect_nanogpt.tasks import get_tts_status
+
+        @flow
+        async def is_it_ready(ticket: Ticket) -> bool:
+            return isinstance(await get_tts_status(ticket), Completed)
+        ```
+    """
+    async with nanogpt_client(credentials) as client:
+        await stay_under_rate_limit()
+        try:
+            return await client.status(ticket)
+        except NanoGPTError as error:
+            error.ticket = ticket
+            if (wait := error.retry_after_seconds) is not None and wait > max_retry_after_seconds:
+                error.retryable = False
+                error.message += f" The provider asks to come back in {wait:.0f} s, which is longer than may be waited."
+            raise

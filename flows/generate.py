@@ -1,0 +1,249 @@
+"""From text to verified audio, paid for once."""
+
+from __future__ import annotations
+
+import textwrap
+from decimal import Decimal
+from typing import Annotated, Any, cast
+
+from prefect import flow
+from prefect.context import FlowRunContext
+from prefect.logging import get_run_logger
+from prefect.results import ResultStore, get_result_store
+from prefect.runtime import flow_run as this_flow_run
+from pydantic import ValidationError
+
+from prefect_nanogpt.credentials import NanoGPTCredentials, nanogpt_client
+from prefect_nanogpt.errors import ContentPolicyViolation, NanoGPTError, ProviderError, TTSJobRejected
+from prefect_nanogpt.flows.ending import failed
+from prefect_nanogpt.flows.forms import (
+    ArtifactKey,
+    Credentials,
+    DocumentedFormat,
+    DocumentedModel,
+    SaveTo,
+    Schedule,
+    TimeoutSeconds,
+    titled,
+)
+from prefect_nanogpt.flows.wait import fetch_audio, reporting_interruption
+from prefect_nanogpt.models import DEFAULT_MODEL, AudioFile, PollSchedule, Ticket, TTSRequest
+from prefect_nanogpt.report import Report
+from prefect_nanogpt.storage import Destination, is_intact
+from prefect_nanogpt.tasks.audio import save_audio
+from prefect_nanogpt.tasks.submit import COST_LIMIT_EXCEEDED, fingerprint, submit_tts
+
+__all__ = ["text_to_speech"]
+
+
+def run_name() -> str:
+    """Name a run by its model and first words."""
+    parameters = this_flow_run.parameters
+    words = " ".join(str(parameters.get("text", "")).split())
+    return f"tts-{parameters.get('model', DEFAULT_MODEL)}-{textwrap.shorten(words, 40, placeholder='…') or 'nothing'}"
+
+
+@flow(
+    name="text-to-speech",
+    description="Turn text into speech with NanoGPT and save the audio.",
+    flow_run_name=run_name,
+    persist_result=True,
+)
+async def text_to_speech(
+    text: Annotated[str, titled("Text")],
+    model: Annotated[DocumentedModel | str, titled("Model")] = DEFAULT_MODEL,
+    voice: Annotated[str | None, titled("Voice", examples=["Rachel"])] = None,
+    speed: Annotated[float | None, titled("Speed")] = None,
+    response_format: Annotated[DocumentedFormat | str | None, titled("Format")] = None,
+    options: Annotated[dict[str, Any] | None, titled("Further options")] = None,
+    save_to: SaveTo = "audio",
+    credentials: Credentials = None,
+    timeout_seconds: TimeoutSeconds = 600.0,
+    poll: Schedule = PollSchedule(),  # noqa: B008 - immutable
+    max_cost: Annotated[Decimal | None, titled("Cost limit, in USD")] = None,
+    reuse: Annotated[bool, titled("Reuse")] = False,
+    resubmit_uncertain: Annotated[bool, titled("Resubmit what is uncertain")] = False,
+    artifact_key: ArtifactKey = "tts-audio",
+) -> AudioFile:
+    """Say a text: submit it, wait for the job, save the audio.
+
+    However often a run is retried, restarted or run again, it pays for its text once: it finds its ticket again and
+    goes on from there. Only a job that came to nothing for a reason other than its text is submitted anew, once an
+    attempt.
+
+    Args:
+        text: What to say.
+        model: The provider's model id.
+        voice: A voice of the model; None leaves the choice to the provider.
+        speed: The speaking rate, from 0.1 to 5; 1 is normal.
+        response_format: The container, for the models that offer a choice (OpenAI's); raw PCM is refused.
+        options: Further options of the model, passed on as they are; `TTSRequest` lists the documented ones.
+        save_to: A folder, an fsspec URL such as `s3://bucket/speech`, or a block as `remote-file-system/NAME`.
+        credentials: The credentials; None for the saved block `default`, or else the environment.
+        timeout_seconds: How long to wait for the job in all, in seconds.
+        poll: The pauses between two status calls.
+        max_cost: The most that the job may cost, in USD. Refused before anything is sent where the provider's
+            catalogue has a price; otherwise the run fails after saving the audio that was charged for.
+        reuse: Return the audio of an equal earlier request, if it is still where it was saved, and pay nothing.
+        resubmit_uncertain: Submit even where an earlier attempt may have been accepted, and pay twice if it was.
+        artifact_key: The key of the report; lower-case letters, digits and dashes.
+
+    Returns:
+        Where the audio is, and what it is.
+
+    Raises:
+        ContentPolicyViolation: The provider refused the text. Final, whatever `retries` says.
+        TTSJobRejected: The provider gave up on the job for another reason.
+        SubmissionUncertain: It is not known whether the provider accepted the job. Nothing is submitted again.
+        TTSTimeout: The job was still under way at the deadline. Another attempt waits on.
+        ProviderError: The provider accepted nothing, or could not be asked; or `max_cost` does not allow it.
+        AudioError: The audio could not be fetched, or is not audio.
+        StorageError: The audio cannot be written to `save_to`.
+        CredentialsError: There is no usable API key.
+
+    Example:
+        ```python
+        from prefect import flow
+        from prefect_nanogpt.flows import text_to_speech
+
+        @flow
+        async def intro() -> str:
+            audio = await text_to_speech("Welcome back.", voice="Rachel", max_cost="0.05")
+            return audio.location
+        ```
+    """
+    report = Report(artifact_key, save_to, text=text)
+    try:
+        named = {"voice": voice, "speed": speed, "response_format": response_format}
+        named = {name: value for name, value in named.items() if value is not None}
+        request = _request({**(options or {}), **named, "text": text, "model": model})
+        if reuse and (audio := await _earlier_audio(request, save_to)):
+            await report.finished(audio, "An equal request was made before; nothing was charged for this run.")
+            return audio
+        await Destination(save_to).check()
+        async with nanogpt_client(credentials), reporting_interruption(report):
+            audio = await _generate(
+                request,
+                report,
+                save_to=save_to,
+                credentials=credentials,
+                timeout_seconds=timeout_seconds,
+                schedule=poll,
+                max_cost=max_cost,
+                resubmit_uncertain=resubmit_uncertain,
+            )
+        await _remember(request, audio)
+        _refuse_if_above(max_cost, audio)
+        return audio
+    except NanoGPTError as error:
+        await report.failed(error)
+        may_submit_anew = isinstance(error, TTSJobRejected) and not isinstance(error, ContentPolicyViolation)
+        return cast(AudioFile, await failed(error, final=not (error.retryable or may_submit_anew)))
+
+
+async def _generate(
+    request: TTSRequest,
+    report: Report,
+    *,
+    save_to: str,
+    credentials: NanoGPTCredentials | None,
+    timeout_seconds: float,
+    schedule: PollSchedule,
+    max_cost: Decimal | None,
+    resubmit_uncertain: bool,
+) -> AudioFile:
+    """Get the audio of a request: of the job that an earlier attempt submitted, or else of a new one."""
+    replaces: Ticket | None = None
+    while True:
+        state = await submit_tts(  # type: ignore[misc]  # Prefect types it as if it were not to be awaited
+            request,
+            credentials,
+            max_cost=max_cost,
+            replaces=replaces,
+            resubmit_uncertain=resubmit_uncertain,
+            return_state=True,
+        )
+        submission = await state.aresult()
+        is_new = state.name != "Cached"
+        if not isinstance(submission, Ticket):
+            audio = await save_audio(submission, name=_name_of_run(), save_to=save_to, credentials=credentials)
+            await report.finished(audio)
+            return audio
+        report.ticket = submission
+        try:
+            return await fetch_audio(
+                submission,
+                report,
+                save_to=save_to,
+                credentials=credentials,
+                timeout_seconds=timeout_seconds,
+                schedule=schedule,
+                look_at_once=not is_new,
+            )
+        except ContentPolicyViolation:
+            raise
+        except TTSJobRejected as rejection:
+            if is_new:
+                raise
+            get_run_logger().info("The job of an earlier attempt came to nothing (%s). Submitting anew.", rejection)
+            replaces = submission
+
+
+def _request(fields: dict[str, Any]) -> TTSRequest:
+    try:
+        return TTSRequest.model_validate(fields)
+    except ValidationError as invalid:
+        problems = "; ".join(
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}"
+            for problem in invalid.errors()
+        )
+        raise NanoGPTError(f"{problems}. Nothing was submitted.", code="INVALID_REQUEST") from None
+
+
+def _name_of_run() -> str:
+    """Name the audio of a model that gives no run id: by the flow run, which has one such job."""
+    context = FlowRunContext.get()
+    assert context is not None
+    assert context.flow_run is not None
+    return f"speech-{context.flow_run.id}"
+
+
+def _records() -> ResultStore:
+    """Open the flow's result storage; the store of a flow itself can write records but not find them by key."""
+    return ResultStore(result_storage=get_result_store().result_storage)
+
+
+def _reuse_key(request: TTSRequest) -> str:
+    return f"nanogpt-audio-{fingerprint(request)}"
+
+
+async def _remember(request: TTSRequest, audio: AudioFile) -> None:
+    """Note the audio for requests that may reuse it. The audio is there, whether or not it can be noted."""
+    try:
+        await _records().awrite(audio, key=_reuse_key(request))
+    except Exception as error:
+        get_run_logger().warning("The audio cannot be noted for reuse: %s", error)
+
+
+async def _earlier_audio(request: TTSRequest, save_to: str) -> AudioFile | None:
+    store = _records()
+    if not await store.aexists(_reuse_key(request)):
+        return None
+    record = await store.aread(_reuse_key(request))
+    audio = cast(AudioFile, record.result)
+    if not await is_intact(audio, save_to):
+        get_run_logger().info("An equal request was made before, but %s is gone or changed.", audio.location)
+        return None
+    get_run_logger().info("An equal request was made before: %s.", audio.location)
+    return audio
+
+
+def _refuse_if_above(max_cost: Decimal | None, audio: AudioFile) -> None:
+    """Stop a pipeline whose jobs cost more than it allows, although this one is already charged and saved."""
+    if max_cost is None or audio.cost is None or audio.currency not in (None, "USD") or audio.cost <= max_cost:
+        return
+    raise ProviderError(
+        f"The job was charged {audio.cost:f} USD, more than max_cost={max_cost}, and the provider's catalogue did not "
+        f"tell before. Its audio is saved at {audio.location}.",
+        code=COST_LIMIT_EXCEEDED,
+    )

@@ -1,0 +1,266 @@
+"""The command line: `prefect-nanogpt say`, `wait`, `serve` and `sandbox`.
+
+What is being done goes to standard error; standard output gets the location of the audio and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Final
+
+import httpx
+from cyclopts import App, CycloptsError, Parameter, validators
+from prefect import serve
+from prefect.deployments.runner import RunnerDeployment
+from prefect.logging.configuration import setup_logging
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from pydantic import SecretStr, ValidationError
+from rich.console import Console
+
+import prefect_nanogpt.flows
+import prefect_nanogpt.tasks
+from prefect_nanogpt import NanoGPTCredentials, __version__
+from prefect_nanogpt.credentials import find_credentials
+from prefect_nanogpt.errors import CredentialsError, NanoGPTError
+from prefect_nanogpt.flows import collect_open_tickets, text_to_speech, wait_for_tts
+from prefect_nanogpt.models import DEFAULT_MODEL, AudioFile, Ticket, TTSRequest
+from prefect_nanogpt.sandbox import Sandbox
+from prefect_nanogpt.sandbox import serve as serve_sandbox
+
+__all__ = ["main"]
+
+PositiveSeconds = Annotated[float, Parameter(validator=validators.Number(gt=0))]
+NO_KEY: Final = "No NANOGPT_API_KEY: a local sandbox stands in for NanoGPT, with play money."
+JOB_FAILED: Final = 1
+BAD_USAGE: Final = 2
+
+app = App(
+    name="prefect-nanogpt",
+    help="NanoGPT's asynchronous text-to-speech, tracked in Prefect.",
+    version=__version__,
+    exit_on_error=False,
+    print_error=False,
+)
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@app.command
+def say(
+    text: str,
+    *,
+    model: str = DEFAULT_MODEL,
+    voice: str | None = None,
+    speed: float | None = None,
+    save_to: str = "audio",
+    timeout_seconds: PositiveSeconds = 600.0,
+    max_cost: Decimal | None = None,
+) -> int:
+    """Say a text and save the audio. Without an API key, the sandbox says it.
+
+    Args:
+        text: What to say.
+        model: The provider's model id.
+        voice: A voice of the model.
+        speed: The speaking rate, from 0.1 to 5.
+        save_to: A folder, or an fsspec URL such as s3://bucket/speech.
+        timeout_seconds: How long to wait in all, in seconds.
+        max_cost: The most that it may cost, in USD.
+    """
+    TTSRequest(text=text, model=model, voice=voice, speed=speed)
+
+    async def run() -> AudioFile:
+        with ExitStack() as stack:
+            try:
+                credentials = await find_credentials()
+            except CredentialsError:
+                sandbox = stack.enter_context(Sandbox())
+                credentials = NanoGPTCredentials(api_key=SecretStr("sandbox"), base_url=sandbox.base_url)
+                console.print(NO_KEY)
+            return await text_to_speech(
+                text,
+                model=model,
+                voice=voice,
+                speed=speed,
+                save_to=save_to,
+                credentials=credentials,
+                timeout_seconds=timeout_seconds,
+                max_cost=max_cost,
+            )
+
+    return _run(run)
+
+
+@app.command
+def wait(
+    run_id: str,
+    *,
+    model: str,
+    cost: Decimal | None = None,
+    payment_source: str | None = None,
+    save_to: str = "audio",
+    timeout_seconds: PositiveSeconds = 600.0,
+) -> int:
+    """Wait for a job that was submitted before, and save its audio.
+
+    Args:
+        run_id: The runId of the ticket.
+        model: The model that the job was submitted to.
+        cost: The cost on the ticket; it helps with an automatic refund.
+        payment_source: The paymentSource on the ticket, such as USD.
+        save_to: A folder, or an fsspec URL such as s3://bucket/speech.
+        timeout_seconds: How long to wait in all, in seconds.
+    """
+    ticket = Ticket(run_id=run_id, model=model, cost=cost, payment_source=payment_source)
+    return _run(lambda: wait_for_tts(ticket, save_to=save_to, timeout_seconds=timeout_seconds))
+
+
+@app.command
+def sandbox(
+    *,
+    port: int = 8765,
+    audio_port: int | None = None,
+    job_seconds: Annotated[float, Parameter(help="How long a job takes, in seconds.")] = 3.0,
+) -> int:
+    """Serve a local stand-in for NanoGPT's API, until Ctrl-C.
+
+    Args:
+        port: The port of the API.
+        audio_port: The port of the audio host; the next one by default.
+    """
+    serve_sandbox(port=port, audio_port=audio_port, job_seconds=job_seconds)
+    return 0
+
+
+@app.command(name="serve")
+def serve_flows(*, port: int = 4200) -> int:
+    """Put all flows into the Prefect UI and run them here, without a worker, until Ctrl-C.
+
+    Starts a Prefect server unless PREFECT_API_URL names one, and without an API key also the sandbox.
+
+    Args:
+        port: The port of the server, if one is started.
+    """
+    with ExitStack() as stack:
+        if not PREFECT_API_URL.value():
+            stack.enter_context(_server(port))
+        try:
+            asyncio.run(find_credentials())
+        except CredentialsError:
+            stand_in = stack.enter_context(Sandbox())
+            # The runs have processes of their own, which find the sandbox there.
+            os.environ.update(NANOGPT_API_KEY="sandbox", NANOGPT_BASE_URL=stand_in.base_url)
+            console.print(NO_KEY)
+        flows = (wait_for_tts, text_to_speech, collect_open_tickets)
+        serve(
+            *(RunnerDeployment.from_flow(flow, "local", tags=["nanogpt", "speech"]) for flow in flows),
+            print_starting_message=False,
+        )
+    return 0
+
+
+@contextmanager
+def _server(port: int) -> Iterator[None]:
+    """Run a Prefect server with its UI, and point this process and its children at it."""
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    # In a group of its own, so that Ctrl-C reaches it only after the runs have been told.
+    server = subprocess.Popen(
+        command,
+        env={**os.environ, "PREFECT_SERVER_UI_API_URL": f"{url}/api"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        console.print("Starting Prefect…")
+        while True:
+            try:
+                if httpx.get(f"{url}/api/health").is_success:
+                    break
+            except httpx.HTTPError:
+                if server.poll() is not None:
+                    raise NanoGPTError(
+                        f"No Prefect server could be started on port {port}.", code="NO_SERVER"
+                    ) from None
+            time.sleep(0.2)
+        os.environ["PREFECT_API_URL"] = f"{url}/api"
+        with temporary_settings({PREFECT_API_URL: f"{url}/api"}):
+            console.print(f"The flows are at {url}/deployments. Ctrl-C stops everything.")
+            yield
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def main() -> None:
+    """Run the command line and exit: 0, 1 for a job that failed, 2 for bad usage."""
+    try:
+        sys.exit(app(sys.argv[1:]))
+    except CycloptsError as error:
+        console.print(f"{error} (prefect-nanogpt --help)", markup=False)
+    except ValidationError as error:
+        for problem in error.errors():
+            option = "--" + ".".join(map(str, problem["loc"])).replace("_", "-")
+            console.print(f"{option}: {problem['msg'].removeprefix('Value error, ')}", markup=False)
+    sys.exit(BAD_USAGE)
+
+
+def _run(flow_run: Callable[[], Awaitable[AudioFile]]) -> int:
+    async def run() -> AudioFile:
+        return await flow_run()
+
+    # A server that Prefect starts for the occasion is nobody's to watch: what it has to say is said through the API.
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
+    try:
+        with _progress():
+            audio = asyncio.run(run())
+    except NanoGPTError as error:
+        console.print(str(error), style="red", markup=False)
+        return JOB_FAILED
+    print(audio.location)
+    return 0
+
+
+@contextmanager
+def _progress() -> Iterator[None]:
+    """Show what this package logs: as one line that changes on a terminal, as plain lines elsewhere."""
+    setup_logging()
+    prefect_logger = logging.getLogger("prefect")
+    with ExitStack() as stack:
+        if console.is_terminal:
+            status = stack.enter_context(console.status("Starting Prefect…"))
+            show: Callable[[str], None] = status.update
+        else:
+            show = lambda line: console.print(line, markup=False)  # noqa: E731
+            show("Starting Prefect…")
+        # Left in place until the process ends: Prefect has more to log on its way out.
+        prefect_logger.handlers = [_OwnRecords(show)]
+        prefect_logger.propagate = False
+        yield
+
+
+class _OwnRecords(logging.Handler):
+    """Passes on what this package logs. What Prefect logs of every run is on the run's page."""
+
+    _folders = tuple(
+        f"{Path(module.__file__ or '').resolve().parent}/"
+        for module in (prefect_nanogpt, prefect_nanogpt.flows, prefect_nanogpt.tasks)
+    )
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        super().__init__()
+        self._show = show
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if str(Path(record.pathname).resolve()).startswith(self._folders):
+            self._show(record.getMessage())

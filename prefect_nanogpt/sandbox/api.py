@@ -1,0 +1,472 @@
+"""The sandbox's answers to HTTP requests: one ASGI application for the API, one for the audio host."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import math
+import threading
+import time
+import uuid
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import asdict, dataclass, field
+from decimal import Decimal
+from typing import Any, Final, Literal
+from urllib.parse import parse_qsl
+
+from .jobs import DEFAULT_MODEL, MODELS, InsufficientBalance, Job, Ledger, new_job
+from .script import (
+    Accept,
+    Answer,
+    Cut,
+    DirectiveError,
+    Hang,
+    Reply,
+    Scripts,
+    Slow,
+    Stall,
+    parse_directives,
+)
+from .speech import Studio
+
+logger = logging.getLogger("prefect_nanogpt.sandbox")
+
+Kind = Literal["submit", "status", "audio", "balance", "models", "other"]
+Message = MutableMapping[str, Any]
+
+_MAX_BODY: Final = 4_500_000  # bytes; reported of the provider's website edge
+_MAX_CHARS: Final = 20_000  # where a model's own limit is not known
+_KEPT_REQUESTS: Final = 20_000
+_KEPT_JOBS: Final = 20_000
+_RANGES: Final = {"speed": (0.1, 5), "stability": (0, 1), "similarity_boost": (0, 1), "style": (0, 1)}
+_STRINGS: Final = ("model", "voice", "language", "response_format")
+_SECRET_HEADERS: Final = ("x-api-key", "authorization")
+_ERROR_TYPES: Final = {401: "authentication_error", 402: "insufficient_balance", 429: "rate_limit_error"}
+_ABOUT: Final = "This is the sandbox of prefect-nanogpt, a local stand-in. It is not NanoGPT."
+
+
+@dataclass(slots=True)
+class RecordedRequest:
+    """A request as it arrived.
+
+    Args:
+        host: Which of the two ports it came to.
+        received_at: When the request had arrived, on the monotonic clock in seconds.
+        at: The same in seconds since the epoch.
+        run_id: The job it is about, where one can be told.
+        status: What it was answered with; None before, and where no answer was begun.
+        json: The body, where it is JSON.
+    """
+
+    kind: Kind
+    host: Literal["api", "audio"]
+    method: str
+    path: str
+    query: dict[str, str]
+    headers: dict[str, str]
+    json: Any = None
+    run_id: str | None = None
+    status: int | None = None
+    received_at: float = field(default_factory=time.monotonic)
+    at: float = field(default_factory=time.time)
+
+    def masked(self) -> dict[str, Any]:
+        """The request for people to see: no body, and no key that was sent to the API."""
+        shown = asdict(self)
+        del shown["json"]
+        if self.host == "api":
+            shown["headers"] = {k: "***" if k in _SECRET_HEADERS else v for k, v in self.headers.items()}
+        return shown
+
+
+class Api:
+    """The behaviour of both hosts. Requests run on the event loop; the rest may be called from any thread."""
+
+    def __init__(
+        self,
+        *,
+        job_seconds: float,
+        balance: Decimal,
+        hex_run_ids: bool,
+        refund_needs_ticket: bool,
+        speak: bool,
+    ) -> None:
+        self.job_seconds = job_seconds
+        self.hex_run_ids = hex_run_ids
+        self.refund_needs_ticket = refund_needs_ticket
+        self.ledger = Ledger(balance)
+        self.studio = Studio(speak)
+        self.audio_url = ""
+        self.jobs: dict[str, Job] = {}
+        self.scripts = Scripts()
+        self.log: deque[RecordedRequest] = deque(maxlen=_KEPT_REQUESTS)
+        self.arrived: Counter[Kind] = Counter()
+        self.changed = threading.Condition()  # guards scripts, log and arrived
+        self._routes: dict[tuple[str, str], tuple[Kind, Callable[[RecordedRequest], Awaitable[Answer]]]] = {
+            ("POST", "/api/tts"): ("submit", self._submit),
+            ("POST", "/api/v1/audio/speech"): ("submit", self._submit),
+            ("GET", "/api/tts/status"): ("status", self._status),
+            ("POST", "/api/check-balance"): ("balance", self._balance),
+            ("GET", "/api/v1/audio-models"): ("models", self._models),
+            ("GET", "/_sandbox/ledger"): ("other", self._show_ledger),
+            ("GET", "/_sandbox/requests"): ("other", self._show_requests),
+            ("GET", "/"): ("other", self._about),
+        }
+
+    async def api(self, scope: Message, receive: Any, send: Any) -> None:
+        """The API's ASGI application."""
+        kind, handler = self._routes.get((scope["method"], scope["path"]), ("other", self._not_found))
+        await self._handle(kind, "api", handler, _Connection(scope, receive, send))
+
+    async def audio_host(self, scope: Message, receive: Any, send: Any) -> None:
+        """The audio host's ASGI application."""
+        await self._handle("audio", "audio", self._audio, _Connection(scope, receive, send))
+
+    async def _handle(
+        self,
+        kind: Kind,
+        host: Literal["api", "audio"],
+        handler: Callable[[RecordedRequest], Awaitable[Answer]],
+        connection: "_Connection",
+    ) -> None:
+        try:
+            body = await connection.body()
+            if body is None:
+                return
+            scope = connection.scope
+            request = RecordedRequest(
+                kind=kind,
+                host=host,
+                method=scope["method"],
+                path=scope["path"],
+                query=dict(parse_qsl(scope["query_string"].decode("latin-1"))),
+                headers={name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]},
+                json=_parse(body) if kind == "submit" else None,
+            )
+            connection.request = request
+            if kind == "status":
+                request.run_id = request.query.get("runId")
+            elif kind == "audio":
+                request.run_id = request.path.removeprefix("/audio/").rpartition(".")[0]
+            with self.changed:
+                self.log.append(request)
+                self.arrived[kind] += 1
+                self.changed.notify_all()
+            if len(body) > _MAX_BODY:
+                await connection.deliver(_error(request, 413, "Request body too large."))
+                return
+            refusal = self._check_key(request) if kind in ("submit", "status", "balance") else None
+            await self._play(refusal or self._next_scripted(request), request, handler, connection)
+        except asyncio.CancelledError:
+            pass  # The sandbox is stopping; the connection is closed below.
+        finally:
+            if not connection.finished:
+                await connection.close()
+            if logger.isEnabledFor(logging.INFO) and connection.request:
+                _log(connection.request)
+
+    def _next_scripted(self, request: RecordedRequest) -> Reply | None:
+        # A HEAD must not use up what is meant for the download.
+        if request.kind not in ("submit", "status", "audio") or request.method == "HEAD":
+            return None
+        with self.changed:
+            return self.scripts.take(request.kind, request.run_id)
+
+    async def _play(
+        self,
+        reply: Reply | None,
+        request: RecordedRequest,
+        handler: Callable[[RecordedRequest], Awaitable[Answer]],
+        connection: "_Connection",
+    ) -> None:
+        """Give the scripted reply, or the handler's normal answer with or without a fault in its delivery."""
+        match reply:
+            case Hang(seconds):
+                await asyncio.sleep(seconds)
+            case Cut(after_bytes=None):
+                pass
+            case Accept():
+                answer = await self._submit(request, reply)
+
+                async def accepted(_: RecordedRequest) -> Answer:
+                    return answer
+
+                await asyncio.sleep(reply.delay)
+                await self._play(reply.then, request, accepted, connection)
+            case Answer():
+                self._refund_if_rejected(request, reply)
+                await connection.deliver(reply)
+            case _:
+                answer = await handler(request)
+                self._refund_if_rejected(request, answer)
+                if reply is None and request.kind == "submit" and answer.body is not None:
+                    # The audio of a binary answer takes the faults that the text asks of the download.
+                    with self.changed:
+                        reply = self.scripts.take("audio", request.run_id)
+                    answer = reply if isinstance(reply, Answer) else answer
+                await connection.deliver(answer, reply)
+
+    # Submission
+
+    async def _submit(self, request: RecordedRequest, accept: Accept | None = None) -> Answer:
+        fields = request.json
+        if not isinstance(fields, dict):
+            return _error(request, 400, "The body must be a JSON object.")
+        text = fields.get("text", fields.get("input"))
+        if not isinstance(text, str) or not text.strip():
+            return _error(request, 400, "Missing required parameter: text")
+        for name, (low, high) in _RANGES.items():
+            value = fields.get(name, low)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                return _error(request, 400, f"{name} must be a number from {low} to {high}")
+        for name in _STRINGS:
+            if not isinstance(fields.get(name, ""), str):
+                return _error(request, 400, f"{name} must be a string")
+        model = MODELS.get(fields.get("model") or DEFAULT_MODEL)
+        if model is None:
+            known = ", ".join(MODELS)
+            return _error(request, 404, f"Model not found. Known here: {known}", "model_not_found")
+        longest = model.max_chars or _MAX_CHARS
+        if len(text) > longest:
+            return _error(request, 413, f"Text exceeds {longest} characters", "input_too_long")
+        if model.is_openai and fields.get("response_format", "mp3") not in ("mp3", "wav"):
+            return _error(request, 400, "The sandbox only makes mp3 and wav.", "unsupported_format")
+        try:
+            directives = parse_directives(text)
+        except DirectiveError as error:
+            return _error(request, 400, str(error))
+        if model.answers != "ticket" and directives.outcome == "reject":
+            return _error(request, 400, "Content rejected by provider.", "content_policy_violation")
+        if model.answers != "ticket" and directives.outcome == "fail":
+            return _error(request, 500, "TTS generation failed. Please try again.")
+        accept = accept or Accept()
+        job = new_job(
+            model,
+            directives,
+            fields,
+            characters=len(text),
+            seconds=self.job_seconds,
+            hex_run_id=accept.hex_run_id or self.hex_run_ids,
+        )
+        try:
+            self.ledger.charge(job, len(text))
+        except InsufficientBalance:
+            return _error(request, 402, "Insufficient balance", requiredBalance=float(job.cost))
+        request.run_id = job.run_id
+        self.add(job)
+        if model.answers == "ticket":
+            ticket = job.ticket()
+            if accept.minimal:
+                ticket = {"status": "pending", "runId": job.run_id}
+            return Answer(accept.status_code, ticket)
+        await asyncio.sleep(math.inf if directives.outcome == "stuck" else directives.seconds or 0)
+        if model.answers == "url" and request.path == "/api/tts":
+            body = self.completed_body(job.run_id) | {
+                "text": directives.spoken,
+                "voice": job.utterance.voice,
+                "speed": job.utterance.speed,
+                "cost": float(job.cost),
+                "currency": "USD",
+            }
+            del body["status"]
+            return Answer(json=body)
+        return await self._audio_of(job)
+
+    def add(self, job: Job) -> None:
+        """Take a job in, with what its text asks for."""
+        with self.changed:
+            self.jobs[job.run_id] = job
+            if len(self.jobs) > _KEPT_JOBS:
+                del self.jobs[next(iter(self.jobs))]
+            for surface, replies in job.directives.scripts:
+                self.scripts.add(surface, job.run_id, replies)
+
+    # Status
+
+    async def _status(self, request: RecordedRequest) -> Answer:
+        run_id, model = request.query.get("runId"), request.query.get("model")
+        if not run_id or not model:
+            return _error(request, 400, "runId and model are required")
+        if request.query.get("isApiRequest", "true").lower() not in ("true", "false"):
+            return _error(request, 400, "isApiRequest must be true or false")
+        job = self.jobs.get(run_id)
+        if job is None or job.model.id != model:
+            return _error(request, 404, "TTS run not found")
+        return Answer(json=job.status(self.completed_body(run_id)))
+
+    def completed_body(self, run_id: str) -> dict[str, Any]:
+        """The status body of a completed job."""
+        job = self.jobs[run_id]
+        return {
+            "status": "completed",
+            "audioUrl": f"{self.audio_url}/audio/{job.file_name}",
+            "contentType": "audio/wav" if job.utterance.format == "wav" else "audio/mpeg",
+            "model": job.model.id,
+        }
+
+    def _refund_if_rejected(self, request: RecordedRequest, answer: Answer) -> None:
+        if request.kind != "status" or not request.run_id or not isinstance(answer.json, dict):
+            return
+        rejected = str(answer.json.get("code")).upper() == "CONTENT_POLICY_VIOLATION"
+        has_ticket = bool(request.query.get("cost") and request.query.get("paymentSource"))
+        if rejected and (has_ticket or not self.refund_needs_ticket):
+            self.ledger.refund(request.run_id)
+
+    # Audio
+
+    async def _audio(self, request: RecordedRequest) -> Answer:
+        job = self.jobs.get(request.run_id or "")
+        if job is None or request.path != f"/audio/{job.file_name}":
+            return _error(request, 404, "No such file")
+        if request.method not in ("GET", "HEAD"):
+            return _error(request, 405, "Method not allowed")
+        return await self._audio_of(job)
+
+    async def _audio_of(self, job: Job) -> Answer:
+        audio = await asyncio.wrap_future(self.studio.record(job.utterance))
+        headers = {"content-type": audio.content_type, "x-sandbox-voice": audio.voice}
+        return Answer(body=audio.data, headers=headers)
+
+    # Neighbours
+
+    def _check_key(self, request: RecordedRequest) -> Answer | None:
+        key = request.headers.get("x-api-key", "").strip()
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        if not key and scheme.lower() == "bearer":
+            key = token.strip()
+        if not key:
+            return _error(request, 401, "Missing API key", "missing_api_key")
+        if key == "invalid" or key.startswith("bad-"):
+            return _error(request, 401, "Invalid API key", "invalid_api_key")
+        return None
+
+    async def _balance(self, _: RecordedRequest) -> Answer:
+        usd = str(self.ledger.balance)
+        return Answer(json={"usd_balance": usd, "nano_balance": "0", "nanoDepositAddress": "nano_1sandbox"})
+
+    async def _models(self, request: RecordedRequest) -> Answer:
+        speech = request.query.get("type", "all") in ("tts", "all")
+        rows = [model.row() for model in MODELS.values() if speech and not model.assumed_price]
+        if request.query.get("detailed", "false").lower() != "true":
+            rows = [{name: row[name] for name in ("id", "object", "created", "owned_by")} for row in rows]
+        meta = {"count": len(rows), "generated_at": int(time.time())}
+        return Answer(json={"object": "list", "data": rows, "meta": meta})
+
+    async def _show_ledger(self, _: RecordedRequest) -> Answer:
+        entries = self.ledger.entries
+        return Answer(
+            json={
+                "balance": str(self.ledger.balance),
+                "charged_total": str(self.ledger.charged_total),
+                "counts": Counter(entry.kind for entry in entries),
+                "entries": [asdict(entry) | {"amount": str(entry.amount)} for entry in entries],
+            }
+        )
+
+    async def _show_requests(self, _: RecordedRequest) -> Answer:
+        with self.changed:
+            log, counts = list(self.log), dict(self.arrived)
+        return Answer(json={"counts": counts, "requests": [request.masked() for request in log]})
+
+    async def _about(self, _: RecordedRequest) -> Answer:
+        pages = [f"{method} {path}" for method, path in self._routes]
+        return Answer(json={"sandbox": True, "about": _ABOUT, "audio_host": self.audio_url, "routes": pages})
+
+    async def _not_found(self, request: RecordedRequest) -> Answer:
+        return _error(request, 404, "Not found")
+
+
+class _Connection:
+    """One request on a TCP connection that can be closed at any point of the answer."""
+
+    def __init__(self, scope: Message, receive: Any, send: Any) -> None:
+        self.scope = scope
+        self.request: RecordedRequest | None = None
+        self.finished = False
+        self._receive = receive
+        self._send = send
+        self._transport: asyncio.Transport = scope["state"]["transport"]
+
+    async def body(self) -> bytes | None:
+        """Read the request's body, or None where the client left; of too large a one, enough to tell."""
+        body = bytearray()
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                self.finished = True
+                return None
+            if len(body) <= _MAX_BODY:
+                body += message.get("body", b"")
+            if not message.get("more_body"):
+                return bytes(body)
+
+    async def deliver(self, answer: Answer, fault: Reply | None = None) -> None:
+        """Send an answer, cut or slowed down where the fault says so."""
+        await asyncio.sleep(answer.delay)
+        body, content_type = _encode(answer)
+        headers = {
+            "content-type": content_type,
+            "content-length": str(len(body)),
+            "x-nanogpt-sandbox": "true",
+            "x-request-id": uuid.uuid4().hex,
+        } | {name.lower(): value for name, value in answer.headers.items()}
+        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        if self.request:
+            self.request.status = answer.status
+        await self._send({"type": "http.response.start", "status": answer.status, "headers": raw})
+        pieces = [(body, 0.0)]  # and the seconds of silence after each
+        match fault:
+            case Cut(after_bytes=int(count)):
+                await self._send({"type": "http.response.body", "body": body[:count], "more_body": True})
+                return
+            case Stall(after_bytes=count, seconds=seconds):
+                pieces = [(body[:count], seconds), (body[count:], 0.0)]
+            case Slow(bytes_per_second=rate):
+                step = max(1, int(rate / 20))
+                pieces = [(body[i : i + step], step / rate) for i in range(0, len(body), step)] or pieces
+        for piece, pause in pieces[:-1]:
+            await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+            await asyncio.sleep(pause)
+            if self._transport.is_closing():
+                return
+        await self._send({"type": "http.response.body", "body": pieces[-1][0]})
+        self.finished = True
+
+    async def close(self) -> None:
+        """Close the TCP connection, after the bytes that are under way, and wait until it is gone."""
+        self.finished = True
+        self._transport.close()
+        with contextlib.suppress(asyncio.CancelledError):  # the sandbox is stopping, and has cut all connections
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+
+
+def _encode(answer: Answer) -> tuple[bytes, str]:
+    if answer.json is not None:
+        return json.dumps(answer.json).encode(), "application/json"
+    if isinstance(answer.body, str):
+        return answer.body.encode(), "text/plain; charset=utf-8"
+    return answer.body or b"", "application/octet-stream"
+
+
+def _parse(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except ValueError:
+        return None
+
+
+def _error(request: RecordedRequest, status: int, message: str, code: str | None = None, **extra: Any) -> Answer:
+    """An error in the shape of the route: OpenAI's under /api/v1, the legacy one elsewhere."""
+    if request.path.startswith("/api/v1/"):
+        kind = _ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+        error: dict[str, Any] = {"message": message, "type": kind, "code": code, "param": None}
+        return Answer(status, {"error": error | extra})
+    legacy: dict[str, Any] = {"error": message, "status": status} | extra
+    return Answer(status, legacy | {"code": code} if code else legacy)
+
+
+def _log(request: RecordedRequest) -> None:
+    about = f" run {request.run_id}" if request.run_id and request.run_id not in request.path else ""
+    logger.info("%s %s -> %s%s", request.method, request.path, request.status or "no answer", about)

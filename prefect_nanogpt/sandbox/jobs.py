@@ -1,0 +1,237 @@
+"""The sandbox's models, jobs and money."""
+
+import math
+import threading
+import time
+import uuid
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any, Final, Literal
+
+from .script import Directives
+from .speech import Format, Utterance
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A text-to-speech model as the catalogue describes it.
+
+    Args:
+        id: The name used in requests.
+        answers: With a ticket to poll, the audio itself, or JSON with its URL.
+        price: US dollars per 1,000 characters.
+        max_chars: Longest text, or None where no figure is known.
+        voices: Names of some, space-separated. Any other is accepted too: cloned voices have their own.
+        assumed_price: The price is the sandbox's own guess, so the catalogue leaves the model out.
+    """
+
+    id: str
+    answers: Literal["ticket", "binary", "url"]
+    price: Decimal
+    max_chars: int | None
+    voices: str
+    assumed_price: bool = False
+
+    @property
+    def is_openai(self) -> bool:
+        """Whether `response_format` is honoured."""
+        return self.id in ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")
+
+    def row(self) -> dict[str, Any]:
+        """The model's row in the detailed catalogue."""
+        parameters: dict[str, Any] = {"voices": self.voices.split()}
+        if self.max_chars is not None:
+            parameters["max_chars"] = self.max_chars
+        return {
+            "id": self.id,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "sandbox",
+            "name": self.id,
+            "description": "Sandbox stand-in.",
+            "pricing": {"currency": "USD", "per_thousand_chars": float(self.price)},
+            "capabilities": {"text_to_speech": True},
+            "supported_parameters": parameters,
+            "category": "audio_tts",
+        }
+
+
+_ELEVENLABS: Final = (
+    "Adam Alice Antoni Aria Arnold Bella Bill Brian Callum Charlie Charlotte Chris Daniel Domi Dorothy Drew "
+    "Elli Emily Eric Ethan Fin Freya George Gigi Giovanni Grace James Jeremy Jessica Joseph Josh Laura Liam Lily "
+    "Matilda Matthew Michael Nicole Rachel River Roger Ryan Sam Sarah Thomas Will"
+)
+_OPENAI: Final = "alloy ash ballad coral echo fable onyx nova sage shimmer verse"
+
+DEFAULT_MODEL: Final = "Kokoro-82m"
+MODELS: Final = {
+    model.id: model
+    for model in (
+        Model("Kokoro-82m", "url", Decimal("0.001"), 10_000, "af_bella am_adam bf_emma bm_george"),
+        Model("Elevenlabs-Turbo-V2.5", "ticket", Decimal("0.06"), 10_000, _ELEVENLABS),
+        Model("Elevenlabs-V3", "ticket", Decimal("0.17"), None, _ELEVENLABS),
+        Model("Qwen-3-TTS-1.7B", "ticket", Decimal("0.02"), None, "Vivian Ryan", assumed_price=True),
+        Model("tts-1", "binary", Decimal("0.015"), 4096, _OPENAI),
+        Model("tts-1-hd", "binary", Decimal("0.03"), 4096, _OPENAI),
+        Model("gpt-4o-mini-tts", "binary", Decimal("0.0006"), 4096, _OPENAI),
+        Model("xai-tts", "binary", Decimal("0.0165"), 5000, "Eve Ara Leo Rex Sal"),
+    )
+}
+
+
+@dataclass(slots=True)
+class Job:
+    """One accepted text on its way to audio. Times are seconds on the monotonic clock."""
+
+    model: Model
+    directives: Directives
+    utterance: Utterance
+    cost: Decimal
+    seconds: float
+    run_id: str = field(default_factory=lambda: str(uuid.uuid4()))
+    submitted_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def file_name(self) -> str:
+        """Name of the audio file on the audio host."""
+        return f"{self.run_id}.{self.utterance.format}"
+
+    def ticket(self, charged: bool = True) -> dict[str, Any]:
+        """The provider's answer to the submission."""
+        return {
+            "status": "pending",
+            "runId": self.run_id,
+            "model": self.model.id,
+            "charged": charged,
+            "cost": float(self.cost),
+            "paymentSource": "USD",
+            "isApiRequest": True,
+        }
+
+    def status(self, completed: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a status call now, `completed` being the one for a finished job.
+
+        A job queues for the first 60 % of its time, at positions 3, 2, 1, and runs for the rest,
+        without a position. (Where the provider's count begins is not known.)
+        """
+        elapsed = time.monotonic() - self.submitted_at
+        total = math.inf if self.directives.outcome == "stuck" else self.seconds
+        if elapsed < total:
+            pending: dict[str, Any] = {"status": "pending", "runId": self.run_id}
+            share = elapsed / total
+            return pending | {"queuePosition": 3 - int(5 * share)} if share < 0.6 else pending
+        if self.directives.outcome == "reject":
+            message = "Content rejected by provider. Please modify your prompt and try again."
+            return {"status": "error", "code": "CONTENT_POLICY_VIOLATION", "error": message}
+        if self.directives.outcome == "fail":
+            return {"status": "error", "error": "TTS generation failed. Please try again."}
+        return completed
+
+
+def new_job(
+    model: Model,
+    directives: Directives,
+    fields: dict[str, Any],
+    *,
+    characters: int,
+    seconds: float,
+    hex_run_id: bool,
+) -> Job:
+    """Make a job of a checked request. The characters as sent are billed, directives included."""
+    speed = 1.0 if model.id == "gpt-4o-mini-tts" else float(fields.get("speed", 1))  # documented to ignore it
+    format: Format = "wav" if model.answers == "url" else "mp3"
+    if model.is_openai and fields.get("response_format") == "wav":
+        format = "wav"
+    job = Job(
+        model=model,
+        directives=directives,
+        utterance=Utterance(
+            directives.spoken,
+            format,
+            fields.get("voice", ""),
+            speed,
+            fields.get("language", ""),
+        ),
+        cost=model.price * characters / 1000,
+        seconds=seconds if directives.seconds is None else directives.seconds,
+    )
+    if hex_run_id:
+        job.run_id = job.run_id.replace("-", "")
+    return job
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A line of the ledger: a charge or a refund, in US dollars, at `at` seconds since the epoch."""
+
+    kind: Literal["charge", "refund"]
+    run_id: str
+    model: str
+    amount: Decimal
+    text_length: int
+    at: float
+
+
+class InsufficientBalance(Exception):
+    """The balance does not cover the job."""
+
+
+class Ledger:
+    """The account's money, in US dollars. Safe to read from any thread."""
+
+    def __init__(self, balance: Decimal) -> None:
+        self._balance = balance
+        self._entries: list[Entry] = []
+        self._refundable: dict[str, Entry] = {}
+        self._lock = threading.Lock()
+
+    def charge(self, job: Job, characters: int) -> None:
+        """Take the job's cost.
+
+        Raises:
+            InsufficientBalance: If there is less than that.
+        """
+        with self._lock:
+            if job.cost > self._balance:
+                raise InsufficientBalance
+            entry = Entry("charge", job.run_id, job.model.id, job.cost, characters, time.time())
+            self._balance -= job.cost
+            self._entries.append(entry)
+            self._refundable[job.run_id] = entry
+
+    def refund(self, run_id: str) -> bool:
+        """Give back what the job cost, once; return whether anything was."""
+        with self._lock:
+            charge = self._refundable.pop(run_id, None)
+            if charge is None:
+                return False
+            self._balance += charge.amount
+            self._entries.append(Entry("refund", run_id, charge.model, charge.amount, charge.text_length, time.time()))
+            return True
+
+    @property
+    def entries(self) -> list[Entry]:
+        """All lines, oldest first."""
+        with self._lock:
+            return list(self._entries)
+
+    @property
+    def charges(self) -> list[Entry]:
+        """The charges, oldest first."""
+        return [entry for entry in self.entries if entry.kind == "charge"]
+
+    @property
+    def refunds(self) -> list[Entry]:
+        """The refunds, oldest first."""
+        return [entry for entry in self.entries if entry.kind == "refund"]
+
+    @property
+    def charged_total(self) -> Decimal:
+        """Sum of the charges, refunded ones included."""
+        return sum((entry.amount for entry in self.charges), Decimal(0))
+
+    @property
+    def balance(self) -> Decimal:
+        """What is left."""
+        with self._lock:
+            return self._balance

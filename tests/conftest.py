@@ -1,0 +1,86 @@
+"""Real parts: one Prefect server for the session, one sandbox for each test, real HTTP in between."""
+
+import asyncio
+import os
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Generator, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+# Prefect reads its settings when it is imported.
+os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="prefect-home-")
+os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+os.environ["PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW"] = "ignore"
+for name in [name for name in os.environ if name.startswith("NANOGPT_")]:
+    del os.environ[name]
+
+import pytest
+from prefect.testing.utilities import prefect_test_harness
+from pydantic import SecretStr
+
+from prefect_nanogpt import NanoGPTCredentials
+from prefect_nanogpt.models import PollSchedule
+from prefect_nanogpt.sandbox import Sandbox
+from prefect_nanogpt.tasks import get_tts_status, save_audio, submit_tts
+
+T = TypeVar("T")
+API_KEY = "sk-nano-a-key-that-must-not-leak"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fail-on-skip", action="store_true", help="let a skipped test fail the run")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and item.config.getoption("--fail-on-skip"):
+        report.outcome = "failed"
+    return report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def prefect_server() -> Iterator[None]:
+    """A real Prefect server with a database of its own."""
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture
+def sandbox() -> Iterator[Sandbox]:
+    """A sandbox whose jobs are done at once, and which hums instead of speaking."""
+    with Sandbox(job_seconds=0.0, speak=False) as sandbox:
+        yield sandbox
+
+
+@pytest.fixture
+def credentials(sandbox: Sandbox) -> NanoGPTCredentials:
+    return NanoGPTCredentials(api_key=SecretStr(API_KEY), base_url=sandbox.base_url)
+
+
+@pytest.fixture
+def save_to(tmp_path: Path) -> str:
+    return str(tmp_path / "audio")
+
+
+@pytest.fixture
+def quick() -> PollSchedule:
+    """The shortest pauses that a schedule allows."""
+    return PollSchedule(min_seconds=0.25, max_seconds=0.25, jitter=0)
+
+
+@pytest.fixture(autouse=True)
+def no_retry_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefect's retries are real, the pauses between them are not: they add up to minutes."""
+    for task in (get_tts_status, save_audio, submit_tts):
+        monkeypatch.setattr(task, "retry_delay_seconds", [0.01])
+
+
+async def eventually(look: Callable[[], Awaitable[T | None]], seconds: float = 30) -> T:
+    """Look again and again until there is something to see."""
+    deadline = time.monotonic() + seconds
+    while (seen := await look()) is None:
+        assert time.monotonic() < deadline, f"nothing to see after {seconds} s"
+        await asyncio.sleep(0.1)
+    return seen

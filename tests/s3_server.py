@@ -1,0 +1,133 @@
+"""A real S3 API on loopback: moto's server, which checks keys, signatures and policies, and can break uploads off."""
+
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import boto3
+import pytest
+import requests
+from moto.server import DomainDispatcherApplication, create_backend_app
+from s3fs import S3FileSystem
+from werkzeug.exceptions import ClientDisconnected
+from werkzeug.serving import make_server
+
+READ = ["s3:ListBucket", "s3:GetObject"]
+WRITE = ["s3:PutObject", "s3:AbortMultipartUpload", "s3:ListBucketMultipartUploads", "s3:ListMultipartUploadParts"]
+NOBODY = {
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_MAX_ATTEMPTS": "1",
+}
+"""An environment in which AWS's tools find no account of whoever runs the tests, and do not try for long."""
+
+
+class S3Server:
+    """A server with the bucket `speech`, which its one user may use, and `private`, which nobody may.
+
+    There is no bucket `missing`, and the user may know it.
+
+    Attributes:
+        env: What AWS's own tools expect in the environment to find the server and the user's key.
+        uploads: The query string of each PUT and POST for an object, as they came.
+        break_uploads: Close the connection of each upload in the middle of its body.
+    """
+
+    def __init__(self) -> None:
+        self.uploads: list[str] = []
+        self.break_uploads = False
+        self._moto = DomainDispatcherApplication(create_backend_app)
+        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self.env = {"AWS_ENDPOINT_URL": self.url}
+
+    def __enter__(self) -> "S3Server":
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        requests.post(f"{self.url}/moto-api/reset").raise_for_status()
+        root = {"aws_access_key_id": "root", "aws_secret_access_key": "root"}
+        for bucket in ("speech", "private"):
+            self.client("s3", **root).create_bucket(Bucket=bucket)
+        iam = self.client("iam", **root)
+        iam.create_user(UserName="speaker")
+        self._allow(iam, [*READ, *WRITE])
+        key = iam.create_access_key(UserName="speaker")["AccessKey"]
+        self.key = {"aws_access_key_id": key["AccessKeyId"], "aws_secret_access_key": key["SecretAccessKey"]}
+        self.env |= {name.upper(): value for name, value in self.key.items()}
+        self._check_keys_after(0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._check_keys_after(float("inf"))
+        self._server.shutdown()
+        self._server.server_close()
+
+    def client(self, service: str, **key: str) -> Any:
+        return boto3.client(service, endpoint_url=self.url, region_name="us-east-1", **(key or self.key))
+
+    def objects(self) -> dict[str, bytes]:
+        """Read every object of the bucket."""
+        s3 = self.client("s3")
+        names = [found["Key"] for found in s3.list_objects_v2(Bucket="speech").get("Contents", [])]
+        return {name: s3.get_object(Bucket="speech", Key=name)["Body"].read() for name in names}
+
+    def content_type(self, name: str) -> str:
+        return str(self.client("s3").head_object(Bucket="speech", Key=name)["ContentType"])
+
+    def unfinished_uploads(self) -> list[Any]:
+        return list(self.client("s3").list_multipart_uploads(Bucket="speech").get("Uploads", []))
+
+    def forbid_writing(self) -> None:
+        self._check_keys_after(float("inf"))
+        self._allow(self.client("iam"), READ)
+        self._check_keys_after(0)
+
+    def _allow(self, iam: Any, actions: list[str]) -> None:
+        resources = [f"arn:aws:s3:::{name}" for name in ("speech", "speech/*", "missing")]
+        allowed = {"Effect": "Allow", "Action": actions, "Resource": resources}
+        iam.put_user_policy(
+            UserName="speaker",
+            PolicyName="speech",
+            PolicyDocument=json.dumps({"Version": "2012-10-17", "Statement": [allowed]}),
+        )
+
+    def _check_keys_after(self, requests_unchecked: float) -> None:
+        requests.post(f"{self.url}/moto-api/reset-auth", data=str(requests_unchecked)).raise_for_status()
+
+    def _answer(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        if environ["REQUEST_METHOD"] in ("PUT", "POST") and environ["PATH_INFO"].startswith("/speech/"):
+            self.uploads.append(environ["QUERY_STRING"])
+            size = int(environ.get("CONTENT_LENGTH") or 0)
+            if self.break_uploads and size:
+                environ["wsgi.input"].read(size // 2)
+                environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+                with suppress(ClientDisconnected):
+                    environ["wsgi.input"].read()  # or else it would be taken for the next request
+                raise ConnectionAbortedError("the upload was broken off")
+        return self._moto(environ, start_response)  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """An S3 API; nothing in the environment says where it is or has its key."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in NOBODY.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(S3FileSystem, "retries", 1)
+    with S3Server() as server:
+        yield server
+    S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def s3_env(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """An S3 API that the environment gives the way to, and the key of."""
+    for name, value in s3.env.items():
+        monkeypatch.setenv(name, value)
+    return s3

@@ -1,0 +1,195 @@
+"""Audio in a bucket: a real S3 API over HTTP, with keys from where people keep them."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from prefect.filesystems import RemoteFileSystem
+
+from prefect_nanogpt import NanoGPTCredentials
+from prefect_nanogpt.errors import StorageError
+from prefect_nanogpt.flows import text_to_speech, wait_for_tts
+from prefect_nanogpt.models import PollSchedule
+from prefect_nanogpt.sandbox import Answer, Sandbox
+from prefect_nanogpt.storage import Destination, is_intact
+from prefect_nanogpt.tasks import save_audio
+from tests.s3_server import S3Server, s3, s3_env
+
+__all__ = ["s3", "s3_env"]
+
+BUCKET = "s3://speech/episodes"
+WAV_HEADER = b"RIFF\xff\xff\xff\x7fWAVEfmt \x10\0\0\0\1\0\1\0\x80\xbb\0\0\0\x77\1\0\2\0\x10\0data"
+
+
+@pytest.fixture
+def to_bucket(credentials: NanoGPTCredentials, quick: PollSchedule) -> dict[str, Any]:
+    return {"credentials": credentials, "poll": quick, "save_to": BUCKET}
+
+
+async def test_audio_goes_to_the_bucket_and_is_found_there(
+    sandbox: Sandbox, s3_env: S3Server, to_bucket: dict[str, Any]
+) -> None:
+    ticket = sandbox.add_job("Once, into a bucket.")
+    name = f"episodes/{ticket['runId']}.mp3"
+    audio = await wait_for_tts(ticket, **to_bucket)
+    assert s3_env.objects() == {name: sandbox.audio_bytes(ticket["runId"])}
+    assert s3_env.content_type(name) == audio.content_type == "audio/mpeg"
+    assert audio.location == f"s3://speech/{name}"
+    again = await wait_for_tts(ticket, **to_bucket)
+    assert (again.location, again.sha256, again.size_bytes) == (audio.location, audio.sha256, audio.size_bytes)
+    assert (len(sandbox.requests("status")), len(sandbox.requests("audio"))) == (1, 1)
+
+
+async def test_wav_in_a_bucket_is_announced_as_wav(
+    sandbox: Sandbox, s3_env: S3Server, to_bucket: dict[str, Any]
+) -> None:
+    audio = await text_to_speech("At once.", model="Kokoro-82m", **to_bucket)
+    assert s3_env.content_type(audio.location.removeprefix("s3://speech/")) == audio.content_type == "audio/wav"
+
+
+async def test_an_equal_request_is_found_in_the_bucket_and_not_paid_again(
+    sandbox: Sandbox, s3_env: S3Server, to_bucket: dict[str, Any]
+) -> None:
+    first = await text_to_speech("The jingle of every episode.", reuse=True, **to_bucket)
+    second = await text_to_speech("The jingle of every episode.", reuse=True, **to_bucket)
+    assert second.location == first.location
+    assert len(sandbox.ledger.charges) == 1
+    s3_env.client("s3").put_object(Bucket="speech", Key=first.location.removeprefix("s3://speech/"), Body=b"ID3 no")
+    await text_to_speech("The jingle of every episode.", reuse=True, **to_bucket)
+    assert len(sandbox.ledger.charges) == 2
+
+
+async def test_audio_is_not_taken_for_gone_while_the_bucket_is_out_of_reach(
+    sandbox: Sandbox, s3_env: S3Server, to_bucket: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audio = await wait_for_tts(sandbox.add_job(), **to_bucket)
+    assert await is_intact(audio)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    fsspec.filesystem("s3").clear_instance_cache()
+    with pytest.raises(StorageError) as caught:
+        await is_intact(audio)
+    assert caught.value.retryable
+
+
+async def test_an_upload_broken_off_leaves_no_object_and_its_ticket_stays_good(
+    sandbox: Sandbox, s3_env: S3Server, to_bucket: dict[str, Any]
+) -> None:
+    s3_env.break_uploads = True
+    with pytest.raises(StorageError, match=f"{BUCKET} cannot be used") as caught:
+        await text_to_speech("Broken off.", **to_bucket)
+    assert s3_env.uploads
+    assert s3_env.objects() == {}
+    ticket = caught.value.ticket
+    assert ticket is not None
+    s3_env.break_uploads = False
+    audio = await wait_for_tts(ticket, **to_bucket)
+    assert list(s3_env.objects().values()) == [sandbox.audio_bytes(ticket.run_id)]
+    assert (audio.cost, len(sandbox.ledger.charges)) == (ticket.cost, 1)
+
+
+async def test_long_audio_goes_up_in_parts_and_shows_only_when_they_are_together(
+    sandbox: Sandbox, s3_env: S3Server, to_bucket: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(save_audio, "retries", 0)
+    novel = WAV_HEADER + bytes(101 * 2**20)  # s3fs uploads up to 100 MiB in one piece
+    ticket = sandbox.add_job("A whole novel.")
+    sandbox.on_audio(ticket["runId"], repeat(Answer(body=novel)))
+    s3_env.break_uploads = True
+    with pytest.raises(StorageError):
+        await wait_for_tts(ticket, **to_bucket)
+    assert any("partNumber" in query for query in s3_env.uploads)
+    assert (s3_env.objects(), s3_env.unfinished_uploads()) == ({}, [])
+    s3_env.break_uploads = False
+    audio = await wait_for_tts(ticket, **to_bucket)
+    assert s3_env.objects() == {f"episodes/{ticket['runId']}.wav": novel}
+    assert s3_env.content_type(f"episodes/{ticket['runId']}.wav") == "audio/wav"
+    assert (audio.container, audio.size_bytes) == ("wav", len(novel))
+
+
+@pytest.mark.parametrize(
+    ("save_to", "key", "words"),
+    [
+        ("s3://missing/episodes", {}, "does not exist"),
+        ("s3://private/episodes", {}, "Access Denied"),
+        (BUCKET, {"AWS_SECRET_ACCESS_KEY": "mistyped"}, "signature"),
+        (BUCKET, {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "credentials"),
+        ("remote-file-system/never-saved", {}, "never-saved"),
+    ],
+    ids=["no such bucket", "not allowed", "wrong key", "no key", "no such block"],
+)
+async def test_a_bucket_that_cannot_be_used_is_named_before_anything_is_paid(
+    save_to: str,
+    key: dict[str, str],
+    words: str,
+    sandbox: Sandbox,
+    s3_env: S3Server,
+    to_bucket: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in key.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StorageError, match=words) as caught:
+        await text_to_speech("Nowhere to go.", **{**to_bucket, "save_to": save_to})
+    assert save_to in str(caught.value)
+    assert sandbox.ledger.charges == []
+
+
+async def test_a_bucket_that_may_only_be_read_fails_once_and_the_ticket_goes_elsewhere(
+    sandbox: Sandbox, s3_env: S3Server, to_bucket: dict[str, Any], save_to: str
+) -> None:
+    s3_env.forbid_writing()
+    with pytest.raises(StorageError, match="Access Denied") as caught:
+        await text_to_speech("Read only.", **to_bucket)
+    assert BUCKET in str(caught.value)
+    assert len(sandbox.requests("audio")) == 1
+    ticket = caught.value.ticket
+    assert ticket is not None
+    audio = await wait_for_tts(ticket, **{**to_bucket, "save_to": save_to})
+    assert Path(audio.location).read_bytes() == sandbox.audio_bytes(ticket.run_id)
+    assert len(sandbox.ledger.charges) == 1
+
+
+# Prefect's own block
+
+
+@pytest.fixture
+async def block(s3: S3Server) -> str:
+    """A saved block that has the way to the bucket and the key, of which the environment has nothing."""
+    settings = {
+        "key": s3.key["aws_access_key_id"],
+        "secret": s3.key["aws_secret_access_key"],
+        "endpoint_url": s3.url,
+    }
+    saving = RemoteFileSystem(basepath=BUCKET, settings=settings).save("episodes", overwrite=True)
+    await saving  # type: ignore[misc]
+    return "remote-file-system/episodes"
+
+
+async def test_a_saved_block_has_the_bucket_and_the_key(
+    sandbox: Sandbox, s3: S3Server, block: str, to_bucket: dict[str, Any]
+) -> None:
+    ticket = sandbox.add_job("Through a block.")
+    into_block = {**to_bucket, "save_to": block}
+    audio = await wait_for_tts(ticket, **into_block)
+    assert audio.location == f"{BUCKET}/{ticket['runId']}.mp3"
+    assert list(s3.objects().values()) == [sandbox.audio_bytes(ticket["runId"])]
+    assert (await wait_for_tts(ticket, **into_block)).sha256 == audio.sha256
+    assert len(sandbox.requests("audio")) == 1
+    assert await is_intact(audio, block)
+
+
+async def test_many_at_once_save_through_the_same_block(s3: S3Server, block: str) -> None:
+    async def chapter(number: int) -> AsyncIterator[bytes]:
+        yield b"ID3" + bytes([number]) * 100
+
+    saved = await asyncio.gather(*(Destination(block).save(chapter(number), f"{number}") for number in range(20)))
+    assert sorted(audio.location for audio in saved) == sorted(f"s3://speech/{name}" for name in s3.objects())
+    assert len(s3.objects()) == 20
+
+
+async def test_a_folder_beside_the_blocks_is_a_folder() -> None:
+    assert Destination("remote-file-systems/episodes").is_local

@@ -1,0 +1,187 @@
+"""The block that holds the API key, as Prefect's server and its tools see it."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from importlib.metadata import entry_points
+from typing import Any
+
+import pytest
+from prefect.blocks.core import Block
+from prefect.client.orchestration import get_client
+from prefect.testing.standard_test_suites import BlockStandardTestSuite
+from pydantic import SecretStr, ValidationError
+
+from prefect_nanogpt import NanoGPTCredentials
+from prefect_nanogpt.client import DEFAULT_BASE_URL
+from prefect_nanogpt.credentials import find_credentials, nanogpt_client
+from prefect_nanogpt.errors import CredentialsError
+from tests.conftest import API_KEY
+
+
+@pytest.fixture
+def block() -> NanoGPTCredentials:
+    return NanoGPTCredentials(api_key=SecretStr(API_KEY))
+
+
+@pytest.fixture
+async def saved_block() -> AsyncIterator[str]:
+    """The name of a saved block, gone after the test."""
+    await NanoGPTCredentials(api_key=SecretStr(API_KEY), base_url="http://127.0.0.1:8765/api").save(
+        "default", overwrite=True
+    )
+    yield "default"
+    await NanoGPTCredentials.adelete("default")
+
+
+class TestNanoGPTCredentialsIsABlockLikeOthers(BlockStandardTestSuite):
+    # This one would fetch the picture from the network.
+    test_has_a_valid_image = None
+
+    @pytest.fixture
+    def block(self) -> type[Block]:
+        return NanoGPTCredentials
+
+
+def test_prefect_finds_the_package_among_its_collections() -> None:
+    [entry_point] = entry_points(group="prefect.collections", name="prefect_nanogpt")
+
+    assert entry_point.load().NanoGPTCredentials is NanoGPTCredentials
+    assert Block.get_block_class_from_key("nanogpt-credentials") is NanoGPTCredentials
+
+
+async def test_a_saved_block_is_loaded_with_its_key(saved_block: str) -> None:
+    loaded = await NanoGPTCredentials.aload(saved_block)
+
+    assert loaded.api_key.get_secret_value() == API_KEY
+    assert loaded.base_url == "http://127.0.0.1:8765/api"
+
+
+async def test_the_server_shows_a_saved_block_without_its_key(saved_block: str) -> None:
+    async with get_client() as client:
+        document = await client.read_block_document_by_name(saved_block, "nanogpt-credentials", include_secrets=False)
+
+    assert document.data["base_url"] == "http://127.0.0.1:8765/api"
+    assert API_KEY not in document.model_dump_json()
+
+
+def test_a_block_shows_no_key(block: NanoGPTCredentials) -> None:
+    shown = [repr(block), str(block), str(block.model_dump()), block.model_dump_json(), repr(block.get_client())]
+
+    assert "**" in shown[0]
+    assert not any(API_KEY in text for text in shown)
+
+
+def test_the_address_is_that_of_the_provider_unless_given(block: NanoGPTCredentials) -> None:
+    assert block.base_url == block.get_client().base_url == DEFAULT_BASE_URL == "https://nano-gpt.com/api"
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"api_key": ""},
+        {"api_key": " \n"},
+        {"base_url": ""},
+        {"base_url": "nano-gpt.com/api"},
+        {"base_url": "ftp://nano-gpt.com"},
+        {"base_url": "https://"},
+        {"base_url": "https:///api"},
+        {"base_url": "https://nano gpt.com"},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_a_key_or_an_address_is_refused(broken: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        NanoGPTCredentials.model_validate({"api_key": API_KEY, **broken})
+
+    assert [error["loc"] for error in caught.value.errors()] == [tuple(broken)]
+    assert API_KEY not in str(caught.value)
+
+
+def test_a_key_with_a_newline_inside_is_refused_and_not_shown() -> None:
+    block = NanoGPTCredentials(api_key=SecretStr(f"{API_KEY}\nX-Injected: yes"))
+
+    with pytest.raises(CredentialsError, match="no key has") as caught:
+        block.get_client()
+
+    assert caught.value.code == "MISSING_CREDENTIALS"
+    assert API_KEY not in str(caught.value)
+
+
+# Where they are looked for
+
+
+async def test_the_block_named_default_comes_first(saved_block: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOGPT_API_KEY", "the-key-of-the-environment")
+
+    assert (await find_credentials()).api_key.get_secret_value() == API_KEY
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [(None, DEFAULT_BASE_URL), ("", DEFAULT_BASE_URL), ("http://127.0.0.1:8765/api", "http://127.0.0.1:8765/api")],
+)
+async def test_the_environment_comes_second(
+    address: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANOGPT_API_KEY", " the-key-of-the-environment\n")
+    if address is not None:
+        monkeypatch.setenv("NANOGPT_BASE_URL", address)
+
+    found = await find_credentials()
+
+    assert (found.api_key.get_secret_value(), found.base_url) == ("the-key-of-the-environment", expected)
+
+
+@pytest.mark.parametrize("key", [None, "", " \n"])
+async def test_without_either_the_error_names_both_ways(key: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if key is not None:
+        monkeypatch.setenv("NANOGPT_API_KEY", key)
+
+    with pytest.raises(CredentialsError) as caught:
+        await find_credentials()
+
+    assert "block named 'default'" in str(caught.value)
+    assert "set NANOGPT_API_KEY" in str(caught.value)
+
+
+async def test_a_bad_address_in_the_environment_is_a_credentials_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOGPT_API_KEY", API_KEY)
+    monkeypatch.setenv("NANOGPT_BASE_URL", "nano-gpt.com/api")
+
+    with pytest.raises(CredentialsError, match="NANOGPT_BASE_URL") as caught:
+        await find_credentials()
+
+    assert API_KEY not in str(caught.value)
+
+
+# One client for a flow
+
+
+async def test_tasks_of_a_flow_share_its_client(block: NanoGPTCredentials) -> None:
+    async with nanogpt_client(block) as outer, nanogpt_client(block) as same, nanogpt_client(None) as also:
+        assert outer is same is also
+    async with nanogpt_client(block) as later:
+        assert later is not outer
+
+
+async def test_other_credentials_get_another_client(block: NanoGPTCredentials) -> None:
+    other = NanoGPTCredentials(api_key=SecretStr("another-key"))
+
+    async with nanogpt_client(block) as outer, nanogpt_client(other) as inner:
+        assert inner is not outer
+
+
+async def test_another_event_loop_gets_another_client(block: NanoGPTCredentials) -> None:
+    async def elsewhere() -> int:
+        async with nanogpt_client(block) as client:
+            return id(client)
+
+    async with nanogpt_client(block) as outer:
+        assert await asyncio.to_thread(lambda: asyncio.run(elsewhere())) != id(outer)
+
+
+def test_the_schema_marks_the_key_as_a_secret() -> None:
+    schema = json.loads(json.dumps(NanoGPTCredentials.model_json_schema()))
+
+    assert schema["secret_fields"] == ["api_key"]

@@ -1,0 +1,349 @@
+"""The provider's words as types, for every shape that is documented or was seen."""
+
+import json
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from prefect_nanogpt.errors import normalize_code
+from prefect_nanogpt.models import (
+    Completed,
+    Pending,
+    Rejected,
+    SpeechModel,
+    Ticket,
+    TTSRequest,
+    parse_speech_model,
+    parse_status,
+    parse_submission,
+)
+from prefect_nanogpt.models import error_in as error_of
+
+DOCUMENTED_TICKET = {
+    "status": "pending",
+    "runId": "98b0d593-fe8d-49b8-89c9-233022232297",
+    "model": "Elevenlabs-Turbo-V2.5",
+    "charged": True,
+    "cost": 0.0050388,
+    "paymentSource": "USD",
+    "isApiRequest": True,
+}
+REQUEST = TTSRequest(text="Hello", model="Elevenlabs-V3")
+
+
+# Tickets
+
+
+def test_a_ticket_takes_the_providers_json_as_it_is() -> None:
+    ticket = Ticket.model_validate(DOCUMENTED_TICKET)
+
+    assert ticket.run_id == DOCUMENTED_TICKET["runId"]
+    assert ticket.cost == Decimal("0.0050388")
+    assert (ticket.payment_source, ticket.is_api_request) == ("USD", True)
+
+
+def test_a_ticket_takes_snake_case_names_too() -> None:
+    by_name = Ticket(
+        run_id=DOCUMENTED_TICKET["runId"],
+        model=DOCUMENTED_TICKET["model"],
+        cost="0.0050388",
+        payment_source="USD",
+        is_api_request=True,
+    )
+
+    assert by_name == Ticket.model_validate(DOCUMENTED_TICKET)
+
+
+def test_a_run_id_and_a_model_are_a_ticket() -> None:
+    ticket = Ticket.model_validate({"runId": " 98b0\n", "model": "m", "isApiRequest": None})
+
+    assert (ticket.run_id, ticket.cost, ticket.payment_source, ticket.is_api_request) == ("98b0", None, None, True)
+
+
+def test_a_ticket_becomes_the_providers_json_again() -> None:
+    ticket = Ticket.model_validate(DOCUMENTED_TICKET)
+
+    written = json.loads(ticket.to_json())
+
+    assert written == {key: DOCUMENTED_TICKET[key] for key in DOCUMENTED_TICKET if key not in ("status", "charged")}
+    assert Ticket.model_validate(written) == ticket
+    assert Ticket.model_validate_json(ticket.model_dump_json()) == ticket
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"runId": ""},
+        {"runId": "  "},
+        {"runId": None},
+        {"runId": 7},
+        {"runId": "x" * 513},
+        {"runId": ".."},
+        {"runId": "../../etc/passwd"},
+        {"runId": "a/../b"},
+        {"runId": "a\\..\\b"},
+        {"runId": "two\nlines"},
+        {"runId": "nul\x00"},
+        {"runId": "turned\u202eround"},
+        {"model": ""},
+        {"model": "two\n```\nlines"},
+        {"paymentSource": "two\n```\nlines"},
+        {"cost": -1},
+        {"cost": "much"},
+    ],
+    ids=str,
+)
+def test_what_is_no_ticket_is_refused(broken: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Ticket.model_validate({**DOCUMENTED_TICKET, **broken})
+
+    assert [error["loc"] for error in caught.value.errors()] == [tuple(broken)]
+
+
+@pytest.mark.parametrize(
+    "run_id", ["018f5c2e9d3b7c4e8a1b2c3d4e5f6071", "vc_run_789", "runs/eu/98b0", "a.b", "run:7", "läuft-1", "..."]
+)
+def test_run_ids_are_opaque(run_id: str) -> None:
+    assert Ticket(run_id=run_id, model="m").run_id == run_id
+
+
+# Requests
+
+
+def test_a_request_sends_what_was_set_and_nothing_else() -> None:
+    request = TTSRequest.model_validate(
+        {"text": "Hello", "model": "Qwen-3-TTS-1.7B", "voice": "Ryan", "speed": 1.5, "top_k": 7, "prompt": None}
+    )
+
+    assert request.body() == {"text": "Hello", "model": "Qwen-3-TTS-1.7B", "voice": "Ryan", "speed": 1.5, "top_k": 7}
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"text": ""},
+        {"text": " \n"},
+        {"model": ""},
+        {"speed": 0.05},
+        {"speed": 5.1},
+        {"stability": 1.1},
+        {"similarity_boost": -0.1},
+        {"style": 2},
+        {"response_format": "pcm"},
+    ],
+    ids=str,
+)
+def test_what_the_provider_would_refuse_is_refused_before_it_is_sent(broken: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        TTSRequest.model_validate({"text": "Hello", **broken})
+
+    assert [error["loc"] for error in caught.value.errors()] == [tuple(broken)]
+
+
+# Status answers
+
+
+@pytest.mark.parametrize("word", ["pending", "processing", "queued", "IN_QUEUE", " In_Progress "])
+def test_a_known_word_for_waiting_is_waiting(word: str) -> None:
+    status = parse_status({"status": word})
+
+    assert status == Pending(word=word.strip().lower())
+    assert status.is_known
+
+
+def test_an_unknown_word_is_waiting_and_not_known() -> None:
+    status = parse_status({"status": "Warming up", "audioUrl": "https://a.test/1.mp3"})
+
+    assert status == Pending(word="warming up")
+    assert not status.is_known
+
+
+@pytest.mark.parametrize(("position", "read"), [(3, 3), (0, 0), ("3", None), (2.5, None), (True, None), (None, None)])
+def test_the_queue_position_counts_where_it_is_a_number(position: object, read: int | None) -> None:
+    assert parse_status({"status": "pending", "queuePosition": position}) == Pending(
+        word="pending", queue_position=read
+    )
+
+
+def test_the_documented_completed_answer_is_completed() -> None:
+    status = parse_status(
+        {"status": "completed", "audioUrl": "https://a.test/1.mp3", "contentType": "audio/mpeg", "model": "m"}
+    )
+
+    assert status == Completed(audio_url="https://a.test/1.mp3", content_type="audio/mpeg")
+
+
+@pytest.mark.parametrize(
+    ("body", "url"),
+    [
+        ({"status": "succeeded", "audioUrl": "https://a.test/1.mp3"}, "https://a.test/1.mp3"),
+        ({"status": "COMPLETED", "audioUrl": "https://a.test/1.mp3", "terminal": True}, "https://a.test/1.mp3"),
+        (
+            {"status": "completed", "audioUrls": ["https://a.test/1.mp3", "https://a.test/2.mp3"]},
+            "https://a.test/1.mp3",
+        ),
+        ({"status": "completed", "audioUrl": "", "audioUrls": [None, "https://a.test/2.mp3"]}, "https://a.test/2.mp3"),
+        ({"status": "completed", "audioUrl": "https://a.test/1.mp3", "audioUrls": []}, "https://a.test/1.mp3"),
+        (
+            {"status": "completed", "audioUrl": "https://a.test/1.mp3", "cost": "much", "duration": {}},
+            "https://a.test/1.mp3",
+        ),
+    ],
+)
+def test_every_way_to_say_where_the_audio_is_counts(body: dict[str, Any], url: str) -> None:
+    status = parse_status(body)
+
+    assert isinstance(status, Completed)
+    assert status.audio_url == url
+
+
+@pytest.mark.parametrize("nothing", [{}, {"audioUrl": None}, {"audioUrl": ""}, {"audioUrls": []}, {"audioUrls": "x"}])
+def test_completed_without_a_url_is_still_waiting(nothing: dict[str, Any]) -> None:
+    assert parse_status({"status": "completed", **nothing}) == Pending(word="completed")
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "message"),
+    [
+        ({"status": "error", "error": "TTS generation failed."}, "TTS_FAILED", "TTS generation failed."),
+        ({"status": "error", "code": "CONTENT_POLICY_VIOLATION", "error": "No."}, "CONTENT_POLICY_VIOLATION", "No."),
+        ({"status": "failed", "code": "content-policy violation"}, "CONTENT_POLICY_VIOLATION", "gave no reason"),
+        ({"status": "content_policy_violation"}, "CONTENT_POLICY_VIOLATION", "gave no reason"),
+        ({"status": "Canceled", "message": "By hand."}, "TTS_FAILED", "By hand."),
+        ({"status": "cancelled", "error": {"message": "By hand.", "type": "by_user"}}, "BY_USER", "By hand."),
+        ({"status": "error", "error": "x", "audioUrl": "https://a.test/1.mp3"}, "TTS_FAILED", "x"),
+    ],
+)
+def test_every_way_to_fail_is_a_rejection(body: dict[str, Any], code: str, message: str) -> None:
+    status = parse_status(body)
+
+    assert isinstance(status, Rejected)
+    assert status.code == code
+    assert message in status.message
+    assert status.is_content_policy == (code == "CONTENT_POLICY_VIOLATION")
+
+
+@pytest.mark.parametrize("body", [{}, {"status": None}, {"status": " "}, {"status": 200}, {"error": "No."}])
+def test_an_answer_without_a_status_is_not_of_this_protocol(body: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="has no status"):
+        parse_status(body)
+
+
+# Submission answers
+
+
+def test_the_documented_answers_to_a_submission_are_read() -> None:
+    url = {"audioUrl": "https://a.test/1.wav", "contentType": "audio/wav", "duration": 2.3, "cost": 0.001}
+
+    assert parse_submission(DOCUMENTED_TICKET, REQUEST) == Ticket.model_validate(DOCUMENTED_TICKET)
+    assert parse_submission({**url, "currency": "USD"}, REQUEST) == Completed(
+        audio_url="https://a.test/1.wav",
+        content_type="audio/wav",
+        duration_seconds=2.3,
+        cost=Decimal("0.001"),
+        currency="USD",
+    )
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {},
+        {"cost": "free"},
+        {"cost": -1},
+        {"paymentSource": 7},
+        {"isApiRequest": "perhaps"},
+        {"model": "\n"},
+        {"model": 7},
+    ],
+    ids=str,
+)
+def test_a_ticket_that_was_paid_for_is_kept_however_odd_the_rest_of_it_is(odd: dict[str, Any]) -> None:
+    assert parse_submission({"status": "pending", "runId": "98b0", **odd}, REQUEST) == Ticket(
+        run_id="98b0", model="Elevenlabs-V3"
+    )
+
+
+def test_an_answer_with_neither_ticket_nor_url_is_refused() -> None:
+    with pytest.raises(ValueError, match="neither a run id nor an audio URL"):
+        parse_submission({"status": "pending"}, REQUEST)
+
+
+# Error bodies
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "message"),
+    [
+        ({"error": {"message": "No.", "type": "a_type", "code": "a_code", "param": None}}, "A_CODE", "No."),
+        ({"error": {"message": "No.", "type": "RATE_LIMITED"}, "refundMessage": "-"}, "RATE_LIMITED", "No."),
+        ({"error": {"message": "No.", "type": "a_type", "code": None}}, "A_TYPE", "No."),
+        ({"error": "Insufficient balance", "status": 402, "requiredBalance": 0.5}, None, "Insufficient balance"),
+        ({"error": 400, "message": "No."}, None, "No."),
+        ({"error": "No.", "code": "prompt_too_long"}, "PROMPT_TOO_LONG", "No."),
+        ({"type": "server_error", "message": "No."}, "SERVER_ERROR", "No."),
+        ({"message": " No. "}, None, "No."),
+        ({"error": {"code": "only_a_code"}}, "ONLY_A_CODE", None),
+        ({"error": {"code": 429, "message": " "}}, None, None),
+        ({"error": None}, None, None),
+        ({}, None, None),
+        (["No."], None, None),
+        ("No.", None, None),
+        (None, None, None),
+    ],
+)
+def test_code_and_message_are_found_in_every_shape_of_error(body: Any, code: str | None, message: str | None) -> None:
+    assert error_of(body) == (code, message)
+
+
+@pytest.mark.parametrize(
+    ("code", "normal"),
+    [
+        ("content_policy_violation", "CONTENT_POLICY_VIOLATION"),
+        (" <b>voice`|gone</b>\n", "B_VOICE_GONE_B"),
+        ("x" * 200, "X" * 64),
+        ("a" * 63 + "-b", "A" * 63),
+        ("…", None),
+        ("", None),
+        (402, None),
+        (None, None),
+    ],
+)
+def test_a_code_is_kept_to_letters_digits_and_underscores(code: object, normal: str | None) -> None:
+    assert normalize_code(code) == normal
+
+
+# The catalogue
+
+
+def test_a_price_by_characters_prices_a_text() -> None:
+    model = parse_speech_model(
+        {
+            "id": "m",
+            "pricing": {"currency": "USD", "per_thousand_chars": Decimal("0.06")},
+            "supported_parameters": {"max_chars": 10_000},
+        }
+    )
+
+    assert model == SpeechModel(id="m", usd_per_thousand_chars=Decimal("0.06"), max_chars=10_000)
+    assert model.price("x" * 84) == Decimal("0.00504")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {},
+        {"pricing": {"currency": "XNO", "per_thousand_chars": 1}},
+        {"pricing": {"per_generation": 0.15}},
+        {"pricing": {"per_thousand_chars": "varies"}},
+        {"pricing": None, "supported_parameters": []},
+    ],
+    ids=str,
+)
+def test_a_model_without_a_usable_price_has_none(row: dict[str, Any]) -> None:
+    model = parse_speech_model({"id": "m", **row})
+
+    assert model == SpeechModel(id="m")
+    assert model.price("Hello") is None

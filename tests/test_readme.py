@@ -1,0 +1,79 @@
+"""What the README shows is run as it stands there."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from prefect.settings import PREFECT_API_URL
+
+from prefect_nanogpt.sandbox import Sandbox
+from tests.conftest import API_KEY
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SNIPPETS = {
+    language: re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    for language in ("python", "sh")
+}
+ELSEWHERE = {
+    "make demo": "a clean clone",
+    'pip install ".[audio]"': "the wheel's test",
+    "prefect worker start": "the deployment's test",
+    "prefect-nanogpt serve": "the browser's test",
+}
+
+
+@pytest.fixture
+def env(sandbox: Sandbox, tmp_path: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PREFECT_API_URL": PREFECT_API_URL.value(),
+        "NANOGPT_API_KEY": API_KEY,
+        "NANOGPT_BASE_URL": sandbox.base_url,
+        "PREFECT_HOME": str(tmp_path / "prefect"),
+    }
+
+
+def first_line_of_interest(snippet: str) -> str:
+    lines = [line for line in snippet.splitlines() if line and not line.startswith(("import", "from"))]
+    return lines[0][:50]
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS["python"], ids=first_line_of_interest)
+def test_the_python_of_the_readme_runs(snippet: str, env: dict[str, str], sandbox: Sandbox, tmp_path: Path) -> None:
+    if ".save(" in snippet:
+        # The saved block would win over the environment in every other test.
+        snippet = snippet.replace('"default"', '"from-the-readme"')
+    done = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    if "print(" in snippet:
+        location = done.stdout.splitlines()[-1].split()[0]
+        assert Path(location).is_relative_to(tmp_path / "audio")
+        assert Path(location).stat().st_size > 1_000
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS["sh"], ids=first_line_of_interest)
+def test_the_commands_of_the_readme_run(snippet: str, env: dict[str, str], sandbox: Sandbox) -> None:
+    run_id = "98b0d593-fe8d-49b8-89c9-233022232297"
+    sandbox.add_job(run_id=run_id)
+    for command in snippet.splitlines():
+        if command.startswith(tuple(ELSEWHERE)):
+            continue
+        done = subprocess.run(command, shell=True, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 or "already exists" in done.stderr + done.stdout, done.stderr
+
+
+def test_the_reference_is_what_the_docstrings_say() -> None:
+    spec = importlib.util.spec_from_file_location("make_reference", ROOT / "docs" / "make_reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs" / "reference.md").read_text() == module.reference(), "run `make reference`"

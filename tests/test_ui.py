@@ -1,0 +1,222 @@
+"""What people see: the Prefect UI, both versions of it, in a real browser, from the form to the report.
+
+With SCREENSHOTS set to a folder, the pages are photographed on the way.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from prefect_nanogpt.sandbox import Sandbox
+from tests.conftest import API_KEY
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SCREENSHOTS = os.environ.get("SCREENSHOTS")
+FLAGS = """
+    no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync
+""".split()
+TEXT = "Good morning. Here is the news, read by nobody in particular."
+
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
+    pytest.mark.xdist_group("ui"),
+]
+
+
+class Served:
+    """A machine on which somebody has typed `prefect-nanogpt serve`."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def api(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        answer = httpx.request("GET" if body is None else "POST", f"{self.url}/api{path}", json=body)
+        return answer.raise_for_status().json()
+
+    def ended_run(self, after: int, deployment: str) -> dict[str, Any]:
+        """Wait for the run of a deployment that follows so many earlier ones."""
+        deployment_id = self.api(f"/deployments/name/{deployment}/local")["id"]
+        finished = {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED"]}}
+
+        def look() -> Any:
+            return self.api(
+                "/flow_runs/filter",
+                {
+                    "deployments": {"id": {"any_": [deployment_id]}},
+                    "flow_runs": {"state": finished},
+                    "sort": "END_TIME_DESC",
+                },
+            )
+
+        return wait_for(lambda: (runs := look()) and len(runs) > after and runs[0], seconds=120)
+
+    def report_of(self, run: dict[str, Any]) -> dict[str, Any]:
+        found = self.api(
+            "/artifacts/filter",
+            {
+                "flow_runs": {"id": {"any_": [run["id"]]}},
+                "artifacts": {"key": {"any_": ["tts-audio"]}},
+            },
+        )
+        return dict(found[0])
+
+
+def wait_for(look: Callable[[], Any], seconds: float) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (seen := look()):
+        assert time.monotonic() < deadline, f"nothing to see after {seconds} s"
+        time.sleep(0.2)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    home = tmp_path_factory.mktemp("served")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with Sandbox(job_seconds=3.0) as sandbox:
+        process = subprocess.Popen(
+            [str(Path(sys.executable).parent / "prefect-nanogpt"), "serve", "--port", str(port)],
+            cwd=home,
+            env={
+                **os.environ,
+                "PREFECT_HOME": str(home / "prefect"),
+                "PREFECT_RUNNER_POLL_FREQUENCY": "1",
+                "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "1",
+                "NANOGPT_API_KEY": API_KEY,
+                "NANOGPT_BASE_URL": sandbox.base_url,
+            },
+            stdout=subprocess.DEVNULL,
+            stderr=(home / "log").open("w"),
+        )
+        served = Served(f"http://127.0.0.1:{port}")
+        try:
+            wait_for(lambda: _all_deployed(served), seconds=120)
+            yield served
+        finally:
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 0
+        log = (home / "log").read_text()
+        assert "Traceback" not in log
+        assert "RuntimeWarning" not in log
+
+
+def _all_deployed(served: Served) -> bool:
+    try:
+        return len(served.api("/deployments/filter", {})) == 3
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM,
+            args=[f"--{flag}" for flag in FLAGS],
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=["/v2", ""], ids=["V2", "V1"])
+def ui(request: pytest.FixtureRequest, served: Served) -> str:
+    """Where one version of the UI is."""
+    return f"{served.url}{request.param}"
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    page = browser.new_page(viewport={"width": 1280, "height": 1000}, device_scale_factor=1)
+    page.set_default_timeout(30_000)
+    yield page
+    page.close()
+
+
+def photograph(page: Page, name: str) -> None:
+    if SCREENSHOTS and "/v2/" in page.url:
+        Path(SCREENSHOTS).mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=f"{SCREENSHOTS}/{name}.png", animations="disabled")
+
+
+def start_from_the_form(page: Page, ui: str, text: str, photo: str | None = None) -> None:
+    """Go to the deployments, open text-to-speech, fill in its custom run, and start it."""
+    page.goto(f"{ui}/deployments")
+    deployment = page.get_by_text("text-to-speech").first
+    expect(deployment).to_be_visible()
+    row = page.get_by_role("row").filter(has_text="text-to-speech")
+    (row if row.count() else page.locator("body")).get_by_role("link", name="local").first.click()
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.get_by_text("Custom run").click()
+    expect(page.get_by_text("What to say.")).to_be_visible()
+    page.locator("textarea").first.fill(text)
+    if photo:
+        photograph(page, photo)
+    page.get_by_role("button", name="Submit").click()
+    page.wait_for_url("**/deployments/deployment/*?*")
+
+
+def runs_of(served: Served, deployment: str) -> int:
+    runs = served.api("/flow_runs/filter", {"flows": {"name": {"any_": [deployment]}}})
+    return len([run for run in runs if run["state_type"] in {"COMPLETED", "FAILED", "CRASHED"}])
+
+
+def test_a_text_typed_into_the_form_becomes_a_report_with_its_waveform(served: Served, ui: str, page: Page) -> None:
+    before = runs_of(served, "text-to-speech")
+    start_from_the_form(page, ui, TEXT, photo="form")
+    run = served.ended_run(before, "text-to-speech")
+    assert run["state_name"] == "Completed"
+    assert run["name"].startswith("tts-Elevenlabs-Turbo-V2.5-Good morning.")
+
+    page.goto(f"{ui}/runs/flow-run/{run['id']}")
+    expect(page.get_by_text("Completed").first).to_be_visible()
+
+    report = served.report_of(run)
+    page.goto(f"{ui}/artifacts/artifact/{report['id']}")
+    waveform = page.get_by_role("img", name="Waveform")
+    expect(waveform).to_be_visible()
+    assert waveform.evaluate("image => image.complete && image.naturalWidth") > 0
+    for fact in (TEXT, "Elevenlabs-Turbo-V2.5", "USD", "SHA-256", "isApiRequest"):
+        expect(page.get_by_text(fact).first).to_be_visible()
+    assert len(report["data"]) < 40_000
+    photograph(page, "report")
+
+
+def test_a_refused_text_ends_in_a_state_named_by_its_code(served: Served, ui: str, page: Page) -> None:
+    before = runs_of(served, "text-to-speech")
+    start_from_the_form(page, ui, "[sandbox:reject] What nobody may say.")
+    run = served.ended_run(before, "text-to-speech")
+
+    page.goto(f"{ui}/runs/flow-run/{run['id']}")
+    expect(page.get_by_text("CONTENT_POLICY_VIOLATION", exact=True).first).to_be_visible()
+
+    page.goto(f"{ui}/artifacts/artifact/{served.report_of(run)['id']}")
+    expect(page.get_by_text("would refuse the same text again").first).to_be_visible()
+
+
+def test_a_schedule_added_in_the_ui_starts_runs(served: Served, page: Page) -> None:
+    before = runs_of(served, "collect-open-tickets")
+    deployment = served.api("/deployments/name/collect-open-tickets/local")["id"]
+    page.goto(f"{served.url}/v2/deployments/deployment/{deployment}")
+    page.get_by_role("button", name="Schedule", exact=True).click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_role("tab", name="Cron").click()
+    dialog.get_by_role("textbox").first.fill("* * * * *")
+    dialog.get_by_role("button", name="Save").click()
+    expect(dialog).to_be_hidden()
+
+    run = served.ended_run(before, "collect-open-tickets")
+    assert run["auto_scheduled"]
+    assert run["state_name"] == "Completed"

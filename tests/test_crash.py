@@ -146,7 +146,7 @@ async def test_a_run_that_died_after_its_ticket_goes_on_from_there(
     kind: str, how: signal.Signals, sandbox: Sandbox, save_to: str
 ) -> None:
     held(sandbox, kind)
-    # A pause in which the process sleeps: Prefect raises SIGTERM in whatever happens to run, and a callback swallows it.
+    # Long pauses, so that the process sleeps: Prefect raises SIGTERM in whatever runs, and a callback may swallow it.
     run = await new_run(save_to, poll={"min_seconds": 3, "max_seconds": 3, "jitter": 0})
     process = Process(run, sandbox)
     reached(sandbox, kind)

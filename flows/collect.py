@@ -26,12 +26,12 @@ from prefect_nanogpt.credentials import NanoGPTCredentials, nanogpt_client
 from prefect_nanogpt.errors import NanoGPTError, TTSJobRejected
 from prefect_nanogpt.flows.ending import failed
 from prefect_nanogpt.flows.forms import ArtifactKey, Credentials, titled
-from prefect_nanogpt.flows.wait import of_ticket, rejection
+from prefect_nanogpt.flows.wait import of_ticket
 from prefect_nanogpt.models import AudioFile, Completed, Rejected, Ticket
 from prefect_nanogpt.report import OPEN_TICKET, OPEN_UNTIL, SAVE_TO, Report
 from prefect_nanogpt.storage import Destination, file_stem
 from prefect_nanogpt.tasks.audio import save_audio
-from prefect_nanogpt.tasks.status import get_tts_status
+from prefect_nanogpt.tasks.status import get_tts_status, rejection
 
 __all__ = ["CollectedTicket", "collect_open_tickets"]
 

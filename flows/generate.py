@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Awaitable, Callable
 from decimal import Decimal
 from typing import Annotated, Any, cast
 
-from prefect import flow
+from prefect import Task, flow
 from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 from prefect.results import ResultStore, get_result_store
@@ -27,13 +28,13 @@ from prefect_nanogpt.flows.forms import (
     titled,
 )
 from prefect_nanogpt.flows.wait import fetch_audio, reporting_interruption
-from prefect_nanogpt.models import DEFAULT_MODEL, AudioFile, PollSchedule, Ticket, TTSRequest
+from prefect_nanogpt.models import DEFAULT_MODEL, AudioFile, PollSchedule, Submission, Ticket, TTSRequest
 from prefect_nanogpt.report import Report
 from prefect_nanogpt.storage import Destination, is_intact
 from prefect_nanogpt.tasks.audio import save_audio
 from prefect_nanogpt.tasks.submit import COST_LIMIT_EXCEEDED, fingerprint, submit_tts
 
-__all__ = ["text_to_speech"]
+__all__ = ["speak", "text_to_speech"]
 
 
 def run_name() -> str:
@@ -103,7 +104,7 @@ async def text_to_speech(
 
     Example:
         ```python
-        from prefect import flow
+        from prefect import Task, flow
         from prefect_nanogpt.flows import text_to_speech
 
         @flow
@@ -113,25 +114,39 @@ async def text_to_speech(
         ```
     """
     report = Report(artifact_key, save_to, text=text)
+
+    async def fetch(ticket: Ticket, is_new: bool) -> AudioFile:
+        report.ticket = ticket
+        return await fetch_audio(
+            ticket,
+            report,
+            save_to=save_to,
+            credentials=credentials,
+            timeout_seconds=timeout_seconds,
+            schedule=poll,
+            look_at_once=not is_new,
+        )
+
     try:
         named = {"voice": voice, "speed": speed, "response_format": response_format}
         named = {name: value for name, value in named.items() if value is not None}
-        request = _request({**(options or {}), **named, "text": text, "model": model})
+        request = request_of({**(options or {}), **named, "text": text, "model": model})
         if reuse and (audio := await _earlier_audio(request, save_to)):
             await report.finished(audio, "An equal request was made before; nothing was charged for this run.")
             return audio
         await Destination(save_to).check()
         async with nanogpt_client(credentials), reporting_interruption(report):
-            audio = await _generate(
+            audio = await speak(
                 request,
-                report,
+                fetch,
+                name=_name_of_run(),
                 save_to=save_to,
                 credentials=credentials,
-                timeout_seconds=timeout_seconds,
-                schedule=poll,
                 max_cost=max_cost,
                 resubmit_uncertain=resubmit_uncertain,
             )
+            if report.ticket is None:
+                await report.finished(audio)
         await _remember(request, audio)
         _refuse_if_above(max_cost, audio)
         return audio
@@ -141,45 +156,58 @@ async def text_to_speech(
         return cast(AudioFile, await failed(error, final=not (error.retryable or may_submit_anew)))
 
 
-async def _generate(
+async def speak(
     request: TTSRequest,
-    report: Report,
+    fetch: Callable[[Ticket, bool], Awaitable[AudioFile]],
     *,
+    name: str,
     save_to: str,
     credentials: NanoGPTCredentials | None,
-    timeout_seconds: float,
-    schedule: PollSchedule,
-    max_cost: Decimal | None,
-    resubmit_uncertain: bool,
+    max_cost: Decimal | None = None,
+    resubmit_uncertain: bool = False,
+    idempotency_key: str | None = None,
+    ticket: Ticket | None = None,
+    replaces: Ticket | None = None,
+    submit: Task[..., Any] = submit_tts,
+    save: Task[..., Any] = save_audio,
 ) -> AudioFile:
-    """Get the audio of a request: of the job that an earlier attempt submitted, or else of a new one."""
-    replaces: Ticket | None = None
+    """Get the audio of a request: of the job that an earlier attempt submitted, or else of a new one.
+
+    Args:
+        request: What to say.
+        fetch: Waits for a job and saves its audio; it is told whether the job is new.
+        name: What to call the audio of a model that answers at once.
+        save_to: Where that audio goes.
+        credentials: The credentials, or None to find them.
+        max_cost: As in `submit_tts`.
+        resubmit_uncertain: As in `submit_tts`.
+        idempotency_key: As in `submit_tts`.
+        ticket: The job of an earlier attempt, where the caller knows it.
+        replaces: A job that came to nothing, to submit anew in its place.
+        submit: `submit_tts`, with options of the caller's.
+        save: `save_audio`, with options of the caller's.
+    """
     while True:
-        state = await submit_tts(  # type: ignore[misc]  # Prefect types it as if it were not to be awaited
-            request,
-            credentials,
-            max_cost=max_cost,
-            replaces=replaces,
-            resubmit_uncertain=resubmit_uncertain,
-            return_state=True,
-        )
-        submission = await state.aresult()
-        is_new = state.name != "Cached"
-        if not isinstance(submission, Ticket):
-            audio = await save_audio(submission, name=_name_of_run(), save_to=save_to, credentials=credentials)
-            await report.finished(audio)
-            return audio
-        report.ticket = submission
-        try:
-            return await fetch_audio(
-                submission,
-                report,
-                save_to=save_to,
-                credentials=credentials,
-                timeout_seconds=timeout_seconds,
-                schedule=schedule,
-                look_at_once=not is_new,
+        is_new = False
+        submission: Submission
+        if ticket is not None:
+            submission, ticket = ticket, None
+        else:
+            state = await submit(
+                request,
+                credentials,
+                max_cost=max_cost,
+                replaces=replaces,
+                resubmit_uncertain=resubmit_uncertain,
+                idempotency_key=idempotency_key,
+                return_state=True,
             )
+            submission = await state.aresult()
+            is_new = state.name != "Cached"
+        if not isinstance(submission, Ticket):
+            return cast(AudioFile, await save(submission, name=name, save_to=save_to, credentials=credentials))
+        try:
+            return await fetch(submission, is_new)
         except ContentPolicyViolation:
             raise
         except TTSJobRejected as rejection:
@@ -189,7 +217,7 @@ async def _generate(
             replaces = submission
 
 
-def _request(fields: dict[str, Any]) -> TTSRequest:
+def request_of(fields: dict[str, Any]) -> TTSRequest:
     try:
         return TTSRequest.model_validate(fields)
     except ValidationError as invalid:

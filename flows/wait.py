@@ -15,10 +15,8 @@ from prefect.logging.handlers import APILogHandler
 
 from prefect_nanogpt.credentials import NanoGPTCredentials, nanogpt_client
 from prefect_nanogpt.errors import (
-    ContentPolicyViolation,
     NanoGPTError,
     TTSJobRejected,
-    TTSTimeout,
 )
 from prefect_nanogpt.flows.ending import failed
 from prefect_nanogpt.flows.forms import ArtifactKey, Credentials, SaveTo, Schedule, TimeoutSeconds, titled
@@ -29,7 +27,7 @@ from prefect_nanogpt.report import Report, resume_command
 from prefect_nanogpt.storage import Destination, file_stem
 from prefect_nanogpt.tasks.audio import save_audio
 from prefect_nanogpt.tasks.retries import LONGEST_RETRY_AFTER_SECONDS
-from prefect_nanogpt.tasks.status import get_tts_status
+from prefect_nanogpt.tasks.status import get_tts_status, rejection, timed_out
 
 __all__ = ["wait_for_tts"]
 
@@ -147,12 +145,7 @@ async def fetch_audio(
                 look_at_once=look_at_once,
             )
         except DeadlinePassed as passed:
-            raise TTSTimeout(
-                f"Job {ticket.run_id} was still under way after {passed.seconds:.0f} s and {passed.polls} status "
-                f"calls. It is paid for and goes on: {resume_command(ticket)}",
-                ticket=ticket,
-                retryable=True,
-            ) from None
+            raise timed_out(ticket, passed) from None
         status = outcome.status
         if isinstance(status, Rejected):
             raise rejection(status, ticket)
@@ -178,12 +171,6 @@ def of_ticket(audio: AudioFile, ticket: Ticket) -> AudioFile:
             "currency": ticket.payment_source or audio.currency,
         }
     )
-
-
-def rejection(status: Rejected, ticket: Ticket) -> TTSJobRejected:
-    """Make the exception of a rejected job."""
-    kind = ContentPolicyViolation if status.is_content_policy else TTSJobRejected
-    return kind(status.message, code=status.code, ticket=ticket)
 
 
 class _Look:

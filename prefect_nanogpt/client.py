@@ -11,6 +11,7 @@ import json
 import math
 import platform
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -77,6 +78,9 @@ class NanoGPTClient:
         api_key: The NanoGPT API key.
         base_url: The root of the API, without a trailing slash.
 
+    Attributes:
+        requests_per_second: How many requests to make to the API, at most; None for no limit.
+
     Raises:
         CredentialsError: The key is empty, or has characters that an HTTP header cannot carry.
 
@@ -103,6 +107,8 @@ class NanoGPTClient:
             verify=ssl_context,
         )
         self._audio.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        self.requests_per_second: float | None = None
+        self._next_turn = 0.0
         self._api_gate = asyncio.Semaphore(REQUESTS_AT_ONCE)
         self._audio_gate = asyncio.Semaphore(DOWNLOADS_AT_ONCE)
 
@@ -122,6 +128,17 @@ class NanoGPTClient:
         await self._api.aclose()
         await self._audio.aclose()
 
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """Wait for a place among the requests to the API, which are evenly spaced where they are limited."""
+        async with self._api_gate:
+            if self.requests_per_second is not None:
+                now = time.monotonic()
+                turn = max(now, self._next_turn)
+                self._next_turn = turn + 1 / self.requests_per_second
+                await asyncio.sleep(turn - now)
+            yield
+
     async def submit(self, request: TTSRequest) -> Submission:
         """Submit a job, once. What is accepted is charged at once, and the provider knows no idempotency key.
 
@@ -138,7 +155,7 @@ class NanoGPTClient:
             ProviderError: Nothing was accepted. `retryable` only where no connection was made, or on a throughput 429.
         """
         try:
-            async with self._api_gate:
+            async with self._turn():
                 response = await self._api.post(f"{self.base_url}/tts", json=request.body(), timeout=SUBMIT_TIMEOUT)
         except _NOTHING_SENT as error:
             raise self._unreachable(error) from None
@@ -194,7 +211,7 @@ class NanoGPTClient:
             params["paymentSource"] = ticket.payment_source
         params["isApiRequest"] = "true" if ticket.is_api_request else "false"
         try:
-            async with self._api_gate:
+            async with self._turn():
                 response = await self._api.get(f"{self.base_url}/tts/status", params=params)
         except httpx.HTTPError as error:
             raise self._unreachable(error) from None
@@ -221,7 +238,7 @@ class NanoGPTClient:
             ProviderError: The catalogue could not be read.
         """
         try:
-            async with self._api_gate:
+            async with self._turn():
                 response = await self._api.get(
                     f"{self.base_url}/v1/audio-models", params={"detailed": "true", "type": "tts"}
                 )

@@ -10,10 +10,12 @@ import re
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
+    from prefect_nanogpt.manifest import ManifestRow
     from prefect_nanogpt.models import Ticket
 
 __all__ = [
     "AudioError",
+    "BatchPartial",
     "ContentPolicyViolation",
     "CredentialsError",
     "NanoGPTError",
@@ -126,3 +128,14 @@ class SubmissionUncertain(NanoGPTError):
     """A submission left, and whether the provider accepted (and charged) it is not known. Never retried by itself."""
 
     default_code = "SUBMISSION_UNCERTAIN"
+
+
+class BatchPartial(NanoGPTError):
+    """Some lines of a batch have no audio.
+
+    Attributes:
+        rows: What became of each line, in the order of the lines.
+    """
+
+    default_code = "TTS_BATCH_PARTIAL"
+    rows: list[ManifestRow]

@@ -28,7 +28,7 @@ from prefect_nanogpt.errors import ContentPolicyViolation, NanoGPTError, Submiss
 from prefect_nanogpt.models import AudioFile, Pending, Ticket
 from prefect_nanogpt.waveform import draw_steps, draw_waveform
 
-__all__ = ["OPEN_TICKET", "OPEN_UNTIL", "SAVE_TO", "Report", "announce", "escaped", "resume_command"]
+__all__ = ["OPEN_TICKET", "OPEN_UNTIL", "SAVE_TO", "Report", "announce", "escaped", "quietly", "resume_command"]
 
 R = TypeVar("R")
 
@@ -124,11 +124,11 @@ class Report:
             highest = max(position for _, position in self._positions)
             done, what = 100.0 * (highest - position) / (highest + 1), f"Queue position {position}."
         if self._progress is None:
-            self._progress = await _quietly(
+            self._progress = await quietly(
                 acreate_progress_artifact(progress=done, key=f"{self._key}-progress", description=what)
             )
         else:
-            await _quietly(aupdate_progress_artifact(self._progress, done, what))
+            await quietly(aupdate_progress_artifact(self._progress, done, what))
 
     async def finished(self, audio: AudioFile, note: str = "The audio is saved and verified.") -> None:
         """Show where the audio is, and what it is."""
@@ -156,7 +156,7 @@ class Report:
                 duration_seconds=audio.duration_seconds,
             )
         if self._progress is not None:
-            await _quietly(aupdate_progress_artifact(self._progress, 100.0, "The audio is saved."))
+            await quietly(aupdate_progress_artifact(self._progress, 100.0, "The audio is saved."))
 
     async def failed(self, error: NanoGPTError) -> None:
         """Show the code, the provider's words, what became of the money, and what to do next."""
@@ -216,7 +216,7 @@ class Report:
                 OPEN_UNTIL: self._open_until.isoformat(),
                 SAVE_TO: self._save_to,
             }
-        await _quietly(self._put("\n\n".join(parts) + "\n", title, metadata))
+        await quietly(self._put("\n\n".join(parts) + "\n", title, metadata))
 
     async def _put(self, markdown: str, description: str, metadata: dict[str, str]) -> None:
         """Write the artifact: one for a run, which later attempts and later news change."""
@@ -244,7 +244,8 @@ class Report:
                 await client.update_artifact(self._artifact, update)
 
 
-async def _quietly(call: Awaitable[R]) -> R | None:
+async def quietly(call: Awaitable[R]) -> R | None:
+    """Await something that is only to look at: if it fails, that is a warning."""
     try:
         return await call
     except Exception as error:

@@ -204,6 +204,67 @@ class Destination:
             peaks=peaks,
         )
 
+    def location_of(self, name: str) -> str:
+        """Give the path or URL of a file here. A block must have been used before, since asking for it blocks."""
+        return self._location(f"{self._root}/{name}")
+
+    async def sizes(self) -> dict[str, int]:
+        """List the files here: location and size in bytes.
+
+        Raises:
+            StorageError: They cannot be listed.
+        """
+        return await self._in_thread(self._sizes)
+
+    async def read_text(self, name: str) -> str | None:
+        """Read a small text file from here; None where there is none.
+
+        Raises:
+            StorageError: It cannot be read.
+        """
+        return await self._in_thread(self._read_text, name)
+
+    async def append_text(self, name: str, text: str) -> None:
+        """Add to a text file in a local folder.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
+        await self._in_thread(self._append_text, name, text)
+
+    async def write_text(self, name: str, text: str) -> None:
+        """Write a text file, whole or not at all.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
+        await self._in_thread(self._write_text, name, text)
+
+    def _sizes(self) -> dict[str, int]:
+        self._fs.invalidate_cache()
+        try:
+            here = self._fs.ls(self._root, detail=True)
+        except FileNotFoundError:
+            return {}
+        return {self._location(file["name"]): file["size"] for file in here if file["type"] == "file"}
+
+    def _read_text(self, name: str) -> str | None:
+        try:
+            return bytes(self._fs.cat_file(f"{self._root}/{name}")).decode()
+        except FileNotFoundError:
+            return None
+
+    def _append_text(self, name: str, text: str) -> None:
+        with open(f"{self._root}/{name}", "a", encoding="utf-8") as file:
+            file.write(text)
+
+    def _write_text(self, name: str, text: str) -> None:
+        folder = Path(self._root) if self.is_local else Path(tempfile.gettempdir())
+        with _temporary_file(folder, name) as (file, part):
+            file.write(text.encode())
+            file.flush()
+            self._publish(part, name)
+
     def _try_folder(self) -> None:
         folder = Path(self._root)
         folder.mkdir(parents=True, exist_ok=True)
@@ -289,7 +350,7 @@ class Destination:
     def _content_type(self, name: str) -> dict[str, str]:
         """Name the MIME type as the driver wants it; drivers guess from the temporary name, which says nothing."""
         option = {"s3": "ContentType", "gs": "content_type"}
-        content_type = CONTENT_TYPES[name.rpartition(".")[2]]
+        content_type = CONTENT_TYPES.get(name.rpartition(".")[2], "application/jsonl")
         return {option[protocol]: content_type for protocol in self._protocols & option.keys()}
 
     def _location(self, path: str) -> str:

@@ -10,7 +10,7 @@ from prefect.client.schemas import TaskRun
 
 from prefect_nanogpt.errors import NanoGPTError
 
-__all__ = ["JITTER", "LONGEST_RETRY_AFTER_SECONDS", "may_help"]
+__all__ = ["JITTER", "LONGEST_RETRY_AFTER_SECONDS", "is_worth_another_try", "may_help"]
 
 JITTER: Final = 0.3
 LONGEST_RETRY_AFTER_SECONDS: Final = 60.0
@@ -24,12 +24,15 @@ async def may_help(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -
     A function, not a callable object: Prefect takes the latter for "never".
     """
     error = await state.aresult(raise_on_failure=False)
-    if not isinstance(error, NanoGPTError) or not error.retryable:
-        return False
-    if error.http_status == 404 and task_run.run_count >= NOT_FOUND_ATTEMPTS:
+    if not isinstance(error, NanoGPTError) or not is_worth_another_try(error, task_run.run_count):
         return False
     if error.retry_after_seconds is not None:
-        if error.retry_after_seconds > LONGEST_RETRY_AFTER_SECONDS:
-            return False
         await asyncio.sleep(error.retry_after_seconds)
     return True
+
+
+def is_worth_another_try(error: NanoGPTError, attempts: int) -> bool:
+    """Say whether what has failed so many times may succeed within a reasonable time."""
+    if not error.retryable or (error.http_status == 404 and attempts >= NOT_FOUND_ATTEMPTS):
+        return False
+    return error.retry_after_seconds is None or error.retry_after_seconds <= LONGEST_RETRY_AFTER_SECONDS

@@ -1,19 +1,23 @@
-"""The status of a job, as a task."""
+"""The status of a job, as a task; and the wait for its end, as one."""
 
 from __future__ import annotations
 
+import asyncio
+import random
 from typing import Final
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from prefect_nanogpt.credentials import NanoGPTCredentials, nanogpt_client
-from prefect_nanogpt.errors import NanoGPTError
-from prefect_nanogpt.models import Ticket, TTSStatus
+from prefect_nanogpt.errors import ContentPolicyViolation, NanoGPTError, TTSJobRejected, TTSTimeout
+from prefect_nanogpt.models import Completed, Pending, PollSchedule, Rejected, Ticket, TTSStatus
+from prefect_nanogpt.polling import DeadlinePassed, poll
+from prefect_nanogpt.report import resume_command
 from prefect_nanogpt.tasks.limits import stay_under_rate_limit
-from prefect_nanogpt.tasks.retries import JITTER, LONGEST_RETRY_AFTER_SECONDS, may_help
+from prefect_nanogpt.tasks.retries import JITTER, LONGEST_RETRY_AFTER_SECONDS, is_worth_another_try, may_help
 
-__all__ = ["get_tts_status"]
+__all__ = ["get_tts_status", "rejection", "timed_out", "wait_for_job"]
 
 # Two minutes in all: an outage of a minute in the middle of a wait is nobody's business.
 RETRY_DELAYS_SECONDS: Final[list[float]] = [1, 2, 4, 8, 15, 30, 30, 30]
@@ -73,3 +77,101 @@ async def get_tts_status(
                 error.retryable = False
                 error.message += f" The provider asks to come back in {wait:.0f} s, which is longer than may be waited."
             raise
+
+
+@task(
+    name="wait-for-job",
+    description="Wait for the end of a NanoGPT text-to-speech job.",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+async def wait_for_job(
+    ticket: Ticket,
+    credentials: NanoGPTCredentials | None = None,
+    *,
+    timeout_seconds: float = 600.0,
+    schedule: PollSchedule = PollSchedule(),  # noqa: B008 - immutable
+    look_at_once: bool = True,
+) -> Completed:
+    """Wait for a job as a single task run, which makes a thousand jobs a thousand rows and not ten thousand.
+
+    Status calls that fail are made again for the same reasons and after the same pauses as in `get_tts_status`.
+
+    Args:
+        ticket: The job.
+        credentials: The credentials; None for the saved block `default`, or else the environment.
+        timeout_seconds: How long to wait in all, in seconds.
+        schedule: The pauses between two status calls.
+        look_at_once: False for a job that was accepted just now, which cannot be finished yet.
+
+    Returns:
+        The finished job, with the URL of its audio.
+
+    Raises:
+        TTSJobRejected: The provider gave up on the job; a `ContentPolicyViolation` where it refused the text.
+        TTSTimeout: The job was still under way at the deadline.
+        ProviderError: Its status could not be had.
+        CredentialsError: There is no usable API key.
+
+    Example:
+        ```python
+        from prefect import flow
+        from prefect_nanogpt.models import Ticket
+        from prefect_nanogpt.tasks import wait_for_job
+
+        @flow
+        async def url_of(ticket: Ticket) -> str:
+            return (await wait_for_job(ticket, timeout_seconds=120)).audio_url
+        ```
+    """
+
+    async def look(seconds_left: float) -> TTSStatus:
+        attempts = 0
+        while True:
+            await stay_under_rate_limit()
+            try:
+                return await client.status(ticket)
+            except NanoGPTError as error:
+                attempts += 1
+                error.ticket = ticket
+                longest = min(seconds_left, LONGEST_RETRY_AFTER_SECONDS)
+                if (
+                    attempts > len(RETRY_DELAYS_SECONDS)
+                    or not is_worth_another_try(error, attempts)
+                    or (error.retry_after_seconds or 0) > longest
+                ):
+                    raise
+                pause = RETRY_DELAYS_SECONDS[attempts - 1] * (1 + JITTER * random.random())
+                await asyncio.sleep(max(pause, error.retry_after_seconds or 0))
+
+    async with nanogpt_client(credentials) as client:
+        try:
+            outcome = await poll(
+                look,
+                is_final=lambda status: not isinstance(status, Pending),
+                schedule=schedule,
+                timeout_seconds=timeout_seconds,
+                look_at_once=look_at_once,
+            )
+        except DeadlinePassed as passed:
+            raise timed_out(ticket, passed) from None
+    if isinstance(outcome.status, Rejected):
+        raise rejection(outcome.status, ticket)
+    assert isinstance(outcome.status, Completed)
+    return outcome.status
+
+
+def rejection(status: Rejected, ticket: Ticket) -> TTSJobRejected:
+    """Make the exception of a rejected job."""
+    kind = ContentPolicyViolation if status.is_content_policy else TTSJobRejected
+    return kind(status.message, code=status.code, ticket=ticket)
+
+
+def timed_out(ticket: Ticket, passed: DeadlinePassed) -> TTSTimeout:
+    """Make the exception of a job that outlasted its deadline."""
+    return TTSTimeout(
+        f"Job {ticket.run_id} was still under way after {passed.seconds:.0f} s and {passed.polls} status calls. "
+        f"It is paid for and goes on: {resume_command(ticket)}",
+        ticket=ticket,
+        retryable=True,
+    )

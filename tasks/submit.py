@@ -54,7 +54,7 @@ class OncePerFlowRun(CachePolicy):
     Not the credentials (a rotated key must not pay again) and not the task's source (nor must an upgrade). A child
     flow run counts as a part of its parent, because Prefect gives it a new id when the parent is run again; a
     deployment's run stands for itself. The same request made twice in one run is two submissions, told apart by their
-    order.
+    order. An idempotency key takes the place of the flow run.
     """
 
     def compute_key(
@@ -70,7 +70,9 @@ class OncePerFlowRun(CachePolicy):
         place: list[Any] = [request, replaces.run_id if replaces else None]
         context = FlowRunContext.get()
         flow_run = context.flow_run if context else None
-        if flow_run is None:
+        if (idempotency_key := inputs.get("idempotency_key")) is not None:
+            place.append(idempotency_key)
+        elif flow_run is None:
             place.append(str(task_ctx.task_run.id))
         else:
             claimant = task_ctx.task_run.id
@@ -125,6 +127,7 @@ async def submit_tts(
     max_cost: Decimal | None = None,
     replaces: Ticket | None = None,
     resubmit_uncertain: bool = False,
+    idempotency_key: str | None = None,
 ) -> Submission:
     """Submit a text, and pay for it once, whatever dies when.
 
@@ -137,6 +140,8 @@ async def submit_tts(
         max_cost: Refuse before anything is sent if the provider's catalogue prices the text above this, in USD.
         replaces: The ticket of a job that came to nothing, to submit the same text anew in its place.
         resubmit_uncertain: Submit even if an earlier attempt may already have been accepted, and pay twice if so.
+        idempotency_key: What a submission of this text is for, whichever flow run makes it: with the same key it is
+            made once. None for a submission of this flow run. The key is known to Prefect's result storage alone.
 
     Returns:
         A ticket; or from models that answer at once the finished audio, as a URL (`Completed`) or bytes

@@ -1,0 +1,345 @@
+"""Many lines: each checked first, each on its own, each paid for once."""
+
+import csv
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey, FlowRunFilter, TaskRunFilter
+from prefect.settings import PREFECT_API_URL
+
+from prefect_nanogpt import NanoGPTCredentials
+from prefect_nanogpt.errors import BatchPartial, NanoGPTError
+from prefect_nanogpt.flows import text_to_speech_batch
+from prefect_nanogpt.manifest import ManifestRow, read_lines
+from prefect_nanogpt.models import PollSchedule
+from prefect_nanogpt.sandbox import Accept, Answer, Cut, Sandbox
+from tests.conftest import API_KEY
+
+
+def lines_of(count: int, text: str = "Line {} of many.") -> list[dict[str, Any]]:
+    return [{"id": f"line-{number:03}", "text": text.format(number)} for number in range(count)]
+
+
+def manifest_in(save_to: str) -> dict[str, ManifestRow]:
+    rows = [ManifestRow.model_validate_json(line) for line in Path(save_to, "manifest.jsonl").read_text().splitlines()]
+    return {row.id: row for row in rows}
+
+
+def audio_in(save_to: str) -> dict[str, Path]:
+    return {path.stem: path for path in Path(save_to).iterdir() if path.name != "manifest.jsonl"}
+
+
+@pytest.fixture
+def batch(credentials: NanoGPTCredentials, save_to: str, quick: PollSchedule) -> dict[str, Any]:
+    return {"credentials": credentials, "save_to": save_to, "poll": quick, "requests_per_second": 25}
+
+
+async def partial(**parameters: Any) -> BatchPartial:
+    with pytest.raises(BatchPartial) as caught:
+        await text_to_speech_batch(**parameters)
+    return caught.value
+
+
+class TestReading:
+    def test_a_table_from_a_spreadsheet(self, tmp_path: Path) -> None:
+        file = tmp_path / "lines.csv"
+        file.write_bytes('\ufeffid,text,voice,speed\r\na,"Hello,\r\nyou.",Rachel,\r\nb,Bye.,,1.5\r\n'.encode())
+        a, b = read_lines(str(file), {"model": "Kokoro-82m", "voice": "Adam"})
+        assert (a.id, a.request.text, a.request.voice, a.request.speed) == ("a", "Hello,\r\nyou.", "Rachel", None)
+        assert (b.id, b.request.voice, b.request.speed, b.request.model) == ("b", "Adam", 1.5, "Kokoro-82m")
+
+    def test_json_lines(self, tmp_path: Path) -> None:
+        file = tmp_path / "lines.jsonl"
+        file.write_text(
+            '{"id": 1, "text": "One.", "options": {"emotion": "calm"}}\n\n{"id": "2", "text": "Two."}\n',
+            encoding="utf-8-sig",
+        )
+        one, two = read_lines(str(file), {})
+        assert (one.id, one.request.body()["emotion"]) == ("1", "calm")
+        assert two.request.text == "Two."
+
+    def test_every_problem_is_told_at_once_with_its_line(self, tmp_path: Path) -> None:
+        file = tmp_path / "lines.csv"
+        file.write_text('id,text,speed\na,"Two\nlines.",\na,Again.,\n../b,Up.,\nc,  ,\n,No id.,\nd,Fast.,900\n')
+        with pytest.raises(NanoGPTError) as caught:
+            read_lines(str(file), {})
+        said = str(caught.value)
+        assert said.startswith("INVALID_LINES: line 4: the id 'a' is that of line 2 too; line 5: the id '../b' cannot")
+        for problem in ("line 6: text: the text is empty", "line 7: there is no id", "line 8: speed: "):
+            assert problem in said
+
+    @pytest.mark.parametrize("line_id", ["..", "a/b", "a\\b", "x" * 101, "a\x00b"])
+    def test_an_id_that_is_no_file_name_is_refused(self, line_id: str) -> None:
+        with pytest.raises(NanoGPTError, match="cannot be the name of a file"):
+            read_lines([{"id": line_id, "text": "Hello."}], {})
+
+    @pytest.mark.parametrize(
+        ("name", "content", "said"),
+        [
+            ("lines.csv", b"", "the columns id and text are needed"),
+            ("lines.csv", b"id,text\n", "there are no lines"),
+            ("lines.csv", b"id,text\na,b,c\n", "line 2: there are more fields than columns"),
+            ("lines.csv", b"id,text\na,\xff\n", "cannot be read"),
+            ("lines.jsonl", b'{"id": "a"\n', "line 1: not JSON"),
+            ("lines.jsonl", b'["a"]\n', "line 1: not an object"),
+            ("lines.jsonl", b'{"id": "a", "text": "b", "options": "loud"}\n', "line 1: options: not a JSON object"),
+        ],
+    )
+    def test_a_file_that_is_not_as_it_should_be(self, name: str, content: bytes, said: str, tmp_path: Path) -> None:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(NanoGPTError, match=said):
+            read_lines(str(tmp_path / name), {})
+
+    def test_a_hundred_thousand_lines(self, tmp_path: Path) -> None:
+        file = tmp_path / "lines.csv"
+        with file.open("w", newline="") as out:
+            rows = csv.writer(out)
+            rows.writerow(["id", "text"])
+            rows.writerows((f"line-{number}", f"Line {number}.") for number in range(100_000))
+            rows.writerows([("line-7", "Again."), ("tail", "")])
+        with pytest.raises(NanoGPTError) as caught:
+            read_lines(str(file), {})
+        assert "line 100002: the id 'line-7' is that of line 9 too; line 100003: text" in str(caught.value)
+
+
+async def test_lines_become_files_named_by_their_ids(batch: dict[str, Any], save_to: str, sandbox: Sandbox) -> None:
+    rows = await text_to_speech_batch(lines_of(5), **batch)
+    assert [row.id for row in rows] == [line["id"] for line in lines_of(5)]
+    assert manifest_in(save_to) == {row.id: row for row in rows}
+    for row in rows:
+        assert row.ticket is not None
+        assert row.cost == row.ticket.cost
+        assert Path(str(row.location)) == audio_in(save_to)[row.id]
+        assert Path(str(row.location)).read_bytes() == sandbox.audio_bytes(row.ticket.run_id)
+    assert len(sandbox.ledger.charges) == 5
+
+
+async def test_nothing_is_submitted_while_a_line_is_wrong(batch: dict[str, Any], sandbox: Sandbox) -> None:
+    with pytest.raises(NanoGPTError, match="INVALID_LINES: line 6: text"):
+        await text_to_speech_batch([*lines_of(5), {"id": "empty", "text": " "}], **batch)
+    assert sandbox.requests() == []
+
+
+async def test_lines_fail_one_by_one(batch: dict[str, Any], save_to: str, sandbox: Sandbox) -> None:
+    lines = [*lines_of(3), {"id": "bad", "text": "[sandbox:reject] No."}, {"id": "ill", "text": "[sandbox:fail] No."}]
+    state = await text_to_speech_batch(lines, **batch, return_state=True)
+    assert state.name == "TTS_BATCH_PARTIAL"
+    error = await state.aresult(raise_on_failure=False)
+    assert isinstance(error, BatchPartial)
+    assert Counter(row.outcome for row in error.rows) == {
+        "completed": 3,
+        "CONTENT_POLICY_VIOLATION": 1,
+        "TTS_FAILED": 1,
+    }
+    assert "2 of 5 lines have no audio: 1 CONTENT_POLICY_VIOLATION, 1 TTS_FAILED" in str(error)
+    assert sorted(audio_in(save_to)) == ["line-000", "line-001", "line-002"]
+
+    again = await partial(lines=lines, **batch)
+    assert [row.outcome for row in again.rows] == [row.outcome for row in error.rows]
+    texts = Counter(request.json["text"] for request in sandbox.requests("submit"))
+    assert texts.pop("[sandbox:fail] No.") == 2
+    assert set(texts.values()) == {1}
+
+
+async def test_one_task_run_for_each_step_and_the_failures_first_in_the_table(
+    batch: dict[str, Any], sandbox: Sandbox
+) -> None:
+    lines = [*lines_of(2, "[sandbox:wait 1] Line {}."), {"id": "bad", "text": "[sandbox:reject] No."}]
+    state = await text_to_speech_batch(lines, **batch, artifact_key="tts-batch-steps", return_state=True)
+    run = FlowRunFilter(id={"any_": [state.state_details.flow_run_id]})
+    async with get_client() as client:
+        steps = await client.read_task_runs(flow_run_filter=run, task_run_filter=TaskRunFilter())
+        [table] = await client.read_artifacts(
+            artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["tts-batch-steps"]))
+        )
+    assert len(sandbox.requests("status")) > 4
+    for step in steps:
+        assert step.name.partition("-")[0] in {"submit", "wait", "save"}
+    assert len({step.name for step in steps}) == len(steps)
+    shown = json.loads(str(table.data))
+    assert shown[0]["outcome"] == "CONTENT_POLICY_VIOLATION"
+    assert str(table.description).startswith("2 of 3 lines have audio")
+
+
+async def test_a_rerun_does_only_what_is_missing_or_has_changed(
+    batch: dict[str, Any], save_to: str, sandbox: Sandbox
+) -> None:
+    lines = lines_of(6)
+    await text_to_speech_batch(lines, **batch)
+    audio_in(save_to)["line-001"].unlink()
+    before = audio_in(save_to)["line-002"].read_bytes()
+    lines[2]["text"] = "Something else altogether."
+
+    rows = await text_to_speech_batch(lines, **batch)
+
+    assert len(sandbox.ledger.charges) == 7
+    assert len(sandbox.requests("audio")) == 8
+    assert sorted(audio_in(save_to)) == [row.id for row in rows]
+    assert audio_in(save_to)["line-002"].read_bytes() != before
+    for row in rows:
+        assert hashlib.sha256(Path(str(row.location)).read_bytes()).hexdigest() == row.sha256
+
+
+async def test_limits_hold_across_the_lines(batch: dict[str, Any], sandbox: Sandbox) -> None:
+    await text_to_speech_batch(
+        lines_of(12, "[sandbox:wait 1] Line {}."), **{**batch, "requests_per_second": 10}, max_in_flight=3
+    )
+    under_way = 0
+    times = []
+    for request in sorted(sandbox.requests(), key=lambda request: request.received_at):
+        if request.kind != "audio":
+            times.append(request.received_at)
+        under_way += {"submit": 1, "audio": -1}.get(request.kind, 0)
+        assert under_way <= 3
+    for first, eleventh in zip(times, times[12:], strict=False):
+        assert eleventh - first > 0.9  # a window of a second and the two requests at its edges
+
+
+async def test_a_known_price_above_the_limit_is_refused_before_anything_is_sent(
+    batch: dict[str, Any], sandbox: Sandbox
+) -> None:
+    with pytest.raises(NanoGPTError, match="COST_LIMIT_EXCEEDED: The batch costs"):
+        await text_to_speech_batch(lines_of(50), **batch, max_cost=Decimal("0.01"))
+    assert sandbox.ledger.charges == []
+
+
+async def test_lines_stop_once_the_limit_is_reached_and_go_on_with_a_higher_one(
+    batch: dict[str, Any], sandbox: Sandbox
+) -> None:
+    lines = [{**line, "model": "Qwen-3-TTS-1.7B"} for line in lines_of(8)]
+    error = await partial(lines=lines, **batch, max_cost=Decimal("0.000001"), max_in_flight=2)
+    outcomes = Counter(row.outcome for row in error.rows)
+    assert outcomes["NOT_SUBMITTED"] >= 6
+    assert len(sandbox.ledger.charges) == outcomes["completed"] <= 2
+    await text_to_speech_batch(lines, **batch)
+    assert len(sandbox.ledger.charges) == 8
+
+
+async def test_what_would_stop_every_line_stops_the_batch(batch: dict[str, Any], sandbox: Sandbox) -> None:
+    sandbox.on_submit([Answer(402, json={"error": "Insufficient balance"})] * 20)
+    error = await partial(lines=lines_of(20), **batch, max_in_flight=1)
+    assert error.rows[0].outcome != "NOT_SUBMITTED"
+    assert Counter(row.outcome for row in error.rows)["NOT_SUBMITTED"] == 19
+    assert len(sandbox.requests("submit")) == 1
+
+
+async def test_a_folder_that_cannot_take_more_stops_the_batch_and_loses_nothing(
+    batch: dict[str, Any], save_to: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("prefect_nanogpt.storage.os.fsync", full)
+        error = await partial(lines=lines_of(4), **batch, max_in_flight=1)
+    assert error.rows[0].outcome == "STORAGE_FAILED"
+    assert "No space left" in str(error.rows[0].detail)
+    assert len(sandbox.ledger.charges) == 1
+    await text_to_speech_batch(lines_of(4), **batch)
+    assert len(sandbox.ledger.charges) == 4
+    assert len(audio_in(save_to)) == 4
+
+
+async def test_an_uncertain_line_is_not_paid_for_twice(batch: dict[str, Any], sandbox: Sandbox) -> None:
+    sandbox.on_submit([Accept(then=Cut())])
+    error = await partial(lines=lines_of(2), **batch, max_in_flight=1)
+    assert [row.outcome for row in error.rows] == ["SUBMISSION_UNCERTAIN", "completed"]
+    error = await partial(lines=lines_of(2), **batch)
+    assert [row.outcome for row in error.rows] == ["SUBMISSION_UNCERTAIN", "completed"]
+    assert len(sandbox.requests("submit")) == 2
+    await text_to_speech_batch(lines_of(2), **batch, resubmit_uncertain=True)
+    assert len(sandbox.requests("submit")) == 3
+
+
+class Process:
+    """A process that runs a batch, as a new flow run each time."""
+
+    def __init__(self, file: Path, save_to: str, sandbox: Sandbox) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.batching", str(file), save_to],
+            cwd=Path(__file__).parent.parent,
+            env={
+                **os.environ,
+                "PREFECT_API_URL": PREFECT_API_URL.value(),
+                "NANOGPT_API_KEY": API_KEY,
+                "NANOGPT_BASE_URL": sandbox.base_url,
+            },
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+
+def table(file: Path, count: int) -> Path:
+    """Write a table of lines of which one in ten is rejected and one in twenty meets a busy provider."""
+    with file.open("w", newline="") as out:
+        rows = csv.writer(out)
+        rows.writerow(["id", "text"])
+        for number in range(count):
+            fate = {3: "[sandbox:reject] ", 7: "[sandbox:busy 2] " if number % 20 == 7 else ""}.get(number % 10, "")
+            rows.writerow([f"line-{number:03}", f"{fate}This is line number {number}."])
+    return file
+
+
+def outcomes_once_paid(save_to: str, sandbox: Sandbox) -> Counter[str]:
+    """Check that no line was paid for twice and that the manifest tells of the files that there are, and count."""
+    submitted = Counter(request.json["text"] for request in sandbox.requests("submit"))
+    assert set(submitted.values()) == {1}
+    rows = manifest_in(save_to)
+    files = audio_in(save_to)
+    assert set(files) == {row.id for row in rows.values() if row.is_completed}
+    for line_id, file in files.items():
+        assert hashlib.sha256(file.read_bytes()).hexdigest() == rows[line_id].sha256
+    return Counter(row.outcome for row in rows.values())
+
+
+def test_two_hundred_lines_with_a_kill_in_the_middle(tmp_path: Path, save_to: str) -> None:
+    file = table(tmp_path / "lines.csv", 200)
+    with Sandbox(job_seconds=6.0, speak=False) as sandbox:
+        first = Process(file, save_to, sandbox)
+        # All places are taken from the hundredth submission on until the first jobs are done, so none is uncertain.
+        sandbox.wait_for_request("submit", count=100, timeout=120)
+        time.sleep(0.5)
+        first.process.kill()
+        first.process.wait()
+
+        assert Process(file, save_to, sandbox).process.wait(timeout=180) == 0
+
+        assert outcomes_once_paid(save_to, sandbox) == {"completed": 180, "CONTENT_POLICY_VIOLATION": 20}
+        assert len(sandbox.ledger.charges) == 200
+
+
+def test_kills_at_random_moments(tmp_path: Path, save_to: str, sandbox: Sandbox) -> None:
+    """A process that dies while a submission is under way leaves a line of which nobody knows: it is not paid again."""
+    count = 120
+    file = table(tmp_path / "lines.csv", count)
+    moments = random.Random(os.environ.get("SEED", "lines"))
+    for _ in range(int(os.environ.get("KILLS", "3"))):
+        process = Process(file, save_to, sandbox).process
+        had = len(sandbox.requests())
+        deadline = time.monotonic() + 60
+        while len(sandbox.requests()) == had and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(moments.uniform(0, 2))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+    assert Process(file, save_to, sandbox).process.wait(timeout=180) == 0
+
+    outcomes = outcomes_once_paid(save_to, sandbox)
+    uncertain = outcomes.pop("SUBMISSION_UNCERTAIN", 0)
+    assert outcomes.keys() == {"completed", "CONTENT_POLICY_VIOLATION"}
+    assert outcomes.total() + uncertain == count
+    assert len(sandbox.ledger.charges) <= count
+    assert not [path for path in Path(save_to).iterdir() if path.name.endswith(".part")]

@@ -11,15 +11,17 @@ from griffe import Docstring as GriffeDocstring
 from griffe import DocstringSectionKind, parse_google
 
 PUBLIC = {
-    "prefect_nanogpt.flows": ["text_to_speech", "wait_for_tts", "collect_open_tickets"],
-    "prefect_nanogpt.tasks": ["submit_tts", "get_tts_status", "save_audio"],
+    "prefect_nanogpt.flows": ["text_to_speech", "text_to_speech_batch", "wait_for_tts", "collect_open_tickets"],
+    "prefect_nanogpt.tasks": ["submit_tts", "get_tts_status", "wait_for_job", "save_audio"],
     "prefect_nanogpt": ["NanoGPTCredentials"],
     "prefect_nanogpt.models": ["Ticket", "TTSRequest", "Pending", "Completed", "Rejected", "AudioFile", "PollSchedule"],
+    "prefect_nanogpt.manifest": ["ManifestRow"],
     "prefect_nanogpt.errors": [
         "NanoGPTError",
         "TTSJobRejected",
         "ContentPolicyViolation",
         "TTSTimeout",
+        "BatchPartial",
         "SubmissionUncertain",
         "ProviderError",
         "AudioError",

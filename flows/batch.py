@@ -30,6 +30,7 @@ from prefect_nanogpt.errors import (
     ProviderError,
     StorageError,
     TTSJobRejected,
+    TTSTimeout,
 )
 from prefect_nanogpt.flows.ending import failed
 from prefect_nanogpt.flows.forms import (
@@ -45,7 +46,7 @@ from prefect_nanogpt.flows.generate import speak
 from prefect_nanogpt.flows.wait import of_ticket
 from prefect_nanogpt.manifest import COMPLETED, Line, Manifest, ManifestRow, read_lines
 from prefect_nanogpt.models import DEFAULT_MODEL, AudioFile, PollSchedule, Ticket
-from prefect_nanogpt.report import quietly
+from prefect_nanogpt.report import announce, quietly
 from prefect_nanogpt.storage import Destination
 from prefect_nanogpt.tasks.audio import save_audio
 from prefect_nanogpt.tasks.status import wait_for_job
@@ -337,6 +338,8 @@ class _Batch:
             if _stops_all(error):
                 self._stop(str(error))
             self.may_go_better |= error.retryable
+            if ticket is not None and isinstance(error, TTSJobRejected | TTSTimeout):
+                announce("rejected" if isinstance(error, TTSJobRejected) else "timed-out", ticket, code=error.code)
             self._budget.settle(promised, ticket.cost if ticket else None)
             return ManifestRow(
                 id=line.id,
@@ -349,6 +352,14 @@ class _Batch:
                 request=request,
             )
         self._budget.settle(promised, audio.cost)
+        if ticket is not None:
+            announce(
+                "completed",
+                ticket,
+                location=audio.location,
+                sha256=audio.sha256,
+                duration_seconds=audio.duration_seconds,
+            )
         return ManifestRow(
             id=line.id,
             outcome=COMPLETED,

@@ -1,6 +1,7 @@
-"""The command line: `prefect-nanogpt say`, `wait`, `serve` and `sandbox`.
+"""The command line: `prefect-nanogpt say`, `batch`, `wait`, `serve` and `sandbox`.
 
-What is being done goes to standard error; standard output gets the location of the audio and nothing else.
+What is being done goes to standard error; standard output gets the location of the audio, or of the manifest of a
+batch, and nothing else.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import httpx
 from cyclopts import App, CycloptsError, Parameter, validators
@@ -31,10 +32,11 @@ import prefect_nanogpt.tasks
 from prefect_nanogpt import NanoGPTCredentials, __version__
 from prefect_nanogpt.credentials import find_credentials
 from prefect_nanogpt.errors import CredentialsError, NanoGPTError
-from prefect_nanogpt.flows import collect_open_tickets, text_to_speech, wait_for_tts
-from prefect_nanogpt.models import DEFAULT_MODEL, AudioFile, Ticket, TTSRequest
+from prefect_nanogpt.flows import collect_open_tickets, text_to_speech, text_to_speech_batch, wait_for_tts
+from prefect_nanogpt.models import DEFAULT_MODEL, Ticket, TTSRequest
 from prefect_nanogpt.sandbox import Sandbox
 from prefect_nanogpt.sandbox import serve as serve_sandbox
+from prefect_nanogpt.storage import Destination
 
 __all__ = ["main"]
 
@@ -42,6 +44,11 @@ PositiveSeconds = Annotated[float, Parameter(validator=validators.Number(gt=0))]
 NO_KEY: Final = "No NANOGPT_API_KEY: a local sandbox stands in for NanoGPT, with play money."
 JOB_FAILED: Final = 1
 BAD_USAGE: Final = 2
+
+
+class UsageError(Exception):
+    """The command line cannot be followed."""
+
 
 app = App(
     name="prefect-nanogpt",
@@ -55,8 +62,9 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 @app.command
 def say(
-    text: str,
+    text: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     *,
+    file: Path | None = None,
     model: str = DEFAULT_MODEL,
     voice: str | None = None,
     speed: float | None = None,
@@ -67,7 +75,8 @@ def say(
     """Say a text and save the audio. Without an API key, the sandbox says it.
 
     Args:
-        text: What to say.
+        text: What to say; - for standard input.
+        file: A UTF-8 file with what to say, in the place of a text.
         model: The provider's model id.
         voice: A voice of the model.
         speed: The speaking rate, from 0.1 to 5.
@@ -75,26 +84,76 @@ def say(
         timeout_seconds: How long to wait in all, in seconds.
         max_cost: The most that it may cost, in USD.
     """
-    TTSRequest(text=text, model=model, voice=voice, speed=speed)
+    said = _text_of(text, file)
+    TTSRequest(text=said, model=model, voice=voice, speed=speed)
 
-    async def run() -> AudioFile:
-        with ExitStack() as stack:
-            try:
-                credentials = await find_credentials()
-            except CredentialsError:
-                sandbox = stack.enter_context(Sandbox())
-                credentials = NanoGPTCredentials(api_key=SecretStr("sandbox"), base_url=sandbox.base_url)
-                console.print(NO_KEY)
-            return await text_to_speech(
-                text,
-                model=model,
-                voice=voice,
-                speed=speed,
-                save_to=save_to,
-                credentials=credentials,
-                timeout_seconds=timeout_seconds,
-                max_cost=max_cost,
-            )
+    async def run(credentials: NanoGPTCredentials) -> str:
+        audio = await text_to_speech(
+            said,
+            model=model,
+            voice=voice,
+            speed=speed,
+            save_to=save_to,
+            credentials=credentials,
+            timeout_seconds=timeout_seconds,
+            max_cost=max_cost,
+        )
+        return audio.location
+
+    return _run(run)
+
+
+def _text_of(text: str | None, file: Path | None) -> str:
+    if (text is None) == (file is None):
+        raise UsageError("Give a text, - for standard input, or --file, and only one of them.")
+    if text is not None and text.startswith("-") and text != "-":
+        raise UsageError(f"Unknown option: {text}.")
+    try:
+        if file is not None:
+            return file.read_text(encoding="utf-8-sig")
+        return sys.stdin.read() if text == "-" else str(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file or 'Standard input'} cannot be read: {error}") from None
+
+
+@app.command
+def batch(
+    lines: str,
+    *,
+    model: str = DEFAULT_MODEL,
+    voice: str | None = None,
+    save_to: str = "audio",
+    timeout_seconds: PositiveSeconds = 600.0,
+    max_in_flight: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 100,
+    requests_per_second: Annotated[float, Parameter(validator=validators.Number(gt=0, lte=25))] = 20.0,
+    max_cost: Decimal | None = None,
+) -> int:
+    """Say every line of a file, each into a file of its own. Run it again to do what is missing.
+
+    Args:
+        lines: A CSV file with the columns id and text, or a JSON Lines file; a path or an fsspec URL.
+        model: The model of the lines that name none.
+        voice: The voice of the lines that name none.
+        save_to: A folder, or an fsspec URL such as s3://bucket/speech; manifest.jsonl there tells of each line.
+        timeout_seconds: How long to wait for each job, in seconds.
+        max_in_flight: How many lines to be at work on at once.
+        requests_per_second: How many requests to make a second, at most 25.
+        max_cost: The most that all the lines may cost, in USD.
+    """
+
+    async def run(credentials: NanoGPTCredentials) -> str:
+        await text_to_speech_batch(
+            lines,
+            model=model,
+            voice=voice,
+            save_to=save_to,
+            credentials=credentials,
+            timeout_seconds=timeout_seconds,
+            max_in_flight=max_in_flight,
+            requests_per_second=requests_per_second,
+            max_cost=max_cost,
+        )
+        return Destination(save_to).location_of("manifest.jsonl")
 
     return _run(run)
 
@@ -120,7 +179,11 @@ def wait(
         timeout_seconds: How long to wait in all, in seconds.
     """
     ticket = Ticket(run_id=run_id, model=model, cost=cost, payment_source=payment_source)
-    return _run(lambda: wait_for_tts(ticket, save_to=save_to, timeout_seconds=timeout_seconds))
+
+    async def run() -> str:
+        return (await wait_for_tts(ticket, save_to=save_to, timeout_seconds=timeout_seconds)).location
+
+    return _run_tracked(run)
 
 
 @app.command
@@ -159,7 +222,7 @@ def serve_flows(*, port: int = 4200) -> int:
             # The runs have processes of their own, which find the sandbox there.
             os.environ.update(NANOGPT_API_KEY="sandbox", NANOGPT_BASE_URL=stand_in.base_url)
             console.print(NO_KEY)
-        flows = (wait_for_tts, text_to_speech, collect_open_tickets)
+        flows = (wait_for_tts, text_to_speech, text_to_speech_batch, collect_open_tickets)
         serve(
             *(RunnerDeployment.from_flow(flow, "local", tags=["nanogpt", "speech"]) for flow in flows),
             print_starting_message=False,
@@ -205,7 +268,7 @@ def main() -> None:
     """Run the command line and exit: 0, 1 for a job that failed, 2 for bad usage."""
     try:
         sys.exit(app(sys.argv[1:]))
-    except CycloptsError as error:
+    except (CycloptsError, UsageError) as error:
         console.print(f"{error} (prefect-nanogpt --help)", markup=False)
     except ValidationError as error:
         for problem in error.errors():
@@ -214,20 +277,33 @@ def main() -> None:
     sys.exit(BAD_USAGE)
 
 
-def _run(flow_run: Callable[[], Awaitable[AudioFile]]) -> int:
-    async def run() -> AudioFile:
-        return await flow_run()
+def _run(flow_run: Callable[[NanoGPTCredentials], Awaitable[str]]) -> int:
+    """Run a flow with the credentials that there are, or else with the sandbox."""
 
+    async def run() -> str:
+        with ExitStack() as stack:
+            try:
+                credentials = await find_credentials()
+            except CredentialsError:
+                sandbox = stack.enter_context(Sandbox())
+                credentials = NanoGPTCredentials(api_key=SecretStr("sandbox"), base_url=sandbox.base_url)
+                console.print(NO_KEY)
+            return await flow_run(credentials)
+
+    return _run_tracked(run)
+
+
+def _run_tracked(flow_run: Callable[[], Coroutine[Any, Any, str]]) -> int:
     # A server that Prefect starts for the occasion is nobody's to watch: what it has to say is said through the API.
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
     try:
         with _progress():
-            audio = asyncio.run(run())
+            location = asyncio.run(flow_run())
     except NanoGPTError as error:
         console.print(str(error), style="red", markup=False)
         return JOB_FAILED
-    print(audio.location)
+    print(location)
     return 0
 
 

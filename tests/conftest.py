@@ -22,7 +22,7 @@ from pydantic import SecretStr
 from prefect_nanogpt import NanoGPTCredentials
 from prefect_nanogpt.models import PollSchedule
 from prefect_nanogpt.sandbox import Sandbox
-from prefect_nanogpt.tasks import get_tts_status, save_audio, submit_tts
+from prefect_nanogpt.tasks import get_tts_status, save_audio, status, submit_tts
 
 T = TypeVar("T")
 API_KEY = "sk-nano-a-key-that-must-not-leak"
@@ -75,6 +75,8 @@ def no_retry_delays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefect's retries are real, the pauses between them are not: they add up to minutes."""
     for task in (get_tts_status, save_audio, submit_tts):
         monkeypatch.setattr(task, "retry_delay_seconds", [0.01])
+    delays = "prefect_nanogpt.tasks.status.RETRY_DELAYS_SECONDS"
+    monkeypatch.setattr(delays, [0.01] * len(status.RETRY_DELAYS_SECONDS))
 
 
 async def eventually(look: Callable[[], Awaitable[T | None]], seconds: float = 30) -> T:

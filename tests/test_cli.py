@@ -12,13 +12,16 @@ from prefect_nanogpt.sandbox import Sandbox
 from tests.conftest import API_KEY
 
 
-def run(*arguments: str, cwd: Path, server: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, cwd: Path, server: bool = True, stdin: str = "", **env: str
+) -> subprocess.CompletedProcess[str]:
     if server:
         env["PREFECT_API_URL"] = PREFECT_API_URL.value()
     return subprocess.run(
         [str(Path(sys.executable).parent / "prefect-nanogpt"), *arguments],
         cwd=cwd,
         env={**os.environ, **env},
+        input=stdin,
         capture_output=True,
         text=True,
         timeout=120,
@@ -72,6 +75,30 @@ def test_a_failed_job_exits_with_1_and_its_code(tmp_path: Path, sandbox: Sandbox
     assert "Traceback" not in done.stderr
 
 
+def test_say_reads_standard_input_and_files(tmp_path: Path, sandbox: Sandbox, key: dict[str, str]) -> None:
+    (tmp_path / "text").write_text("Read from a file.", encoding="utf-8-sig")
+    assert run("say", "-", cwd=tmp_path, stdin="Piped in.\n", **key).returncode == 0
+    assert run("say", "--file", "text", cwd=tmp_path, **key).returncode == 0
+    assert [request.json["text"] for request in sandbox.requests("submit")] == ["Piped in.\n", "Read from a file."]
+
+
+def test_batch_says_every_line_and_prints_where_the_manifest_is(
+    tmp_path: Path, sandbox: Sandbox, key: dict[str, str]
+) -> None:
+    (tmp_path / "lines.csv").write_text("id,text\nhello,Hello.\nbye,Bye.\n")
+    done = run("batch", "lines.csv", "--save-to", "here", cwd=tmp_path, **key)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path}/here/manifest.jsonl\n")
+    assert "2 of 2 lines" in done.stderr
+    assert {path.name for path in (tmp_path / "here").iterdir()} == {"hello.mp3", "bye.mp3", "manifest.jsonl"}
+
+    with (tmp_path / "lines.csv").open("a") as file:
+        file.write("bad,[sandbox:reject] No.\n")
+    done = run("batch", "lines.csv", "--save-to", "here", cwd=tmp_path, **key)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1].startswith("TTS_BATCH_PARTIAL: 1 of 3 lines have no audio")
+    assert len(sandbox.requests("submit")) == 3
+
+
 def test_no_key_at_all_is_said_before_any_request(tmp_path: Path, sandbox: Sandbox) -> None:
     done = run("wait", "98b0d593", "--model", "Elevenlabs-V3", cwd=tmp_path, NANOGPT_BASE_URL=sandbox.base_url)
     assert (done.returncode, done.stdout) == (1, "")
@@ -84,6 +111,10 @@ def test_no_key_at_all_is_said_before_any_request(tmp_path: Path, sandbox: Sandb
     [
         (["say"], "text"),
         (["say", " "], "nothing to say"),
+        (["say", "Hello", "--file", "x"], "only one of them"),
+        (["say", "--voic"], "--voic"),
+        (["say", "--file", "not-there"], "not-there"),
+        (["batch", "x.csv", "--requests-per-second", "26"], "requests-per-second"),
         (["say", "Hello", "--speed", "9"], "speed"),
         (["say", "Hello", "--timeout-seconds", "-1"], "timeout"),
         (["wait", "98b0d593"], "model"),

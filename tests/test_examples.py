@@ -191,6 +191,15 @@ def test_a_sync_flow_has_its_speech_as_a_child_run(in_folder: Path, sandbox: San
     assert len(sandbox.ledger.charges) == 2
 
 
+def test_a_table_of_dialogue_becomes_a_file_for_each_line(in_folder: Path, sandbox: Sandbox) -> None:
+    copy(EXAMPLES / "dialogue.csv", in_folder)
+    said = run(sys.executable, copy(EXAMPLES / "dialogue.py", in_folder), cwd=in_folder, env=environment(sandbox))
+    assert said == "Every line is recorded."
+    files = {path.name for path in (in_folder / "audio" / "dialogue").iterdir()}
+    assert files == {f"{language}-gate-{n}.mp3" for language in ("en", "de", "fr") for n in (1, 2)} | {"manifest.jsonl"}
+    assert {request.json.get("language") for request in sandbox.requests("submit")} == {None, "German", "French"}
+
+
 def test_tickets_from_elsewhere_are_fetched_and_nothing_is_submitted(in_folder: Path, sandbox: Sandbox) -> None:
     tickets = [sandbox.add_job(f"Order {number}.") for number in range(2)]
     Path("tickets.jsonl").write_text("".join(f"{json.dumps(ticket)}\n" for ticket in tickets))

@@ -116,7 +116,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 def _all_deployed(served: Served) -> bool:
     try:
-        return len(served.api("/deployments/filter", {})) == 3
+        return len(served.api("/deployments/filter", {})) == 4
     except httpx.HTTPError:
         return False
 

@@ -42,7 +42,7 @@ format: $(VENV)/.installed ## Rewrite the code in its style
 
 lock: ## Resolve the dependencies anew into requirements-dev.lock
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --extra sandbox --extra audio --extra s3 --group dev \
+	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --extra sandbox --extra audio --extra long --extra s3 --group dev \
 	  --generate-hashes --no-header --no-annotate --quiet --upgrade -o requirements-dev.lock
 
 clean: ## Remove what was made

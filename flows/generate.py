@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import tempfile
 import textwrap
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from decimal import Decimal
-from typing import Annotated, Any, cast
+from pathlib import Path
+from typing import Annotated, Any, Final, cast
 
 from prefect import Task, flow
 from prefect.context import FlowRunContext
@@ -14,8 +17,9 @@ from prefect.results import ResultStore, get_result_store
 from prefect.runtime import flow_run as this_flow_run
 from pydantic import ValidationError
 
+from prefect_nanogpt.client import NanoGPTClient
 from prefect_nanogpt.credentials import NanoGPTCredentials, nanogpt_client
-from prefect_nanogpt.errors import ContentPolicyViolation, NanoGPTError, ProviderError, TTSJobRejected
+from prefect_nanogpt.errors import AudioError, ContentPolicyViolation, NanoGPTError, ProviderError, TTSJobRejected
 from prefect_nanogpt.flows.ending import failed
 from prefect_nanogpt.flows.forms import (
     ArtifactKey,
@@ -27,14 +31,20 @@ from prefect_nanogpt.flows.forms import (
     TimeoutSeconds,
     titled,
 )
-from prefect_nanogpt.flows.wait import fetch_audio, reporting_interruption
+from prefect_nanogpt.flows.wait import fetch_audio, of_ticket, reporting_interruption
+from prefect_nanogpt.long_text import can_be_said_in_parts, join, split
 from prefect_nanogpt.models import DEFAULT_MODEL, AudioFile, PollSchedule, Submission, Ticket, TTSRequest
 from prefect_nanogpt.report import Report
-from prefect_nanogpt.storage import Destination, is_intact
+from prefect_nanogpt.storage import Destination, file_stem, is_intact
 from prefect_nanogpt.tasks.audio import save_audio
-from prefect_nanogpt.tasks.submit import COST_LIMIT_EXCEEDED, fingerprint, submit_tts
+from prefect_nanogpt.tasks.status import wait_for_job
+from prefect_nanogpt.tasks.submit import COST_LIMIT_EXCEEDED, fingerprint, refuse_above, submit_tts
 
 __all__ = ["speak", "text_to_speech"]
+
+PARTS_AT_ONCE: Final = 8
+EVERY_MODEL_TAKES: Final = 500
+"""In characters. The least that the provider's catalogue was seen to name is 512."""
 
 
 def run_name() -> str:
@@ -64,6 +74,7 @@ async def text_to_speech(
     max_cost: Annotated[Decimal | None, titled("Cost limit, in USD")] = None,
     reuse: Annotated[bool, titled("Reuse")] = False,
     resubmit_uncertain: Annotated[bool, titled("Resubmit what is uncertain")] = False,
+    max_chars: Annotated[int | None, titled("Longest part, in characters", ge=1)] = None,
     artifact_key: ArtifactKey = "tts-audio",
 ) -> AudioFile:
     """Say a text: submit it, wait for the job, save the audio.
@@ -87,6 +98,8 @@ async def text_to_speech(
             catalogue has a price; otherwise the run fails after saving the audio that was charged for.
         reuse: Return the audio of an equal earlier request, if it is still where it was saved, and pay nothing.
         resubmit_uncertain: Submit even where an earlier attempt may have been accepted, and pay twice if it was.
+        max_chars: Say a text that is longer than this in parts, each a job, and join their audio. None for the model's
+            limit in the provider's catalogue, where it has one.
         artifact_key: The key of the report; lower-case letters, digits and dashes.
 
     Returns:
@@ -135,16 +148,32 @@ async def text_to_speech(
             await report.finished(audio, "An equal request was made before; nothing was charged for this run.")
             return audio
         await Destination(save_to).check()
-        async with nanogpt_client(credentials), reporting_interruption(report):
-            audio = await speak(
-                request,
-                fetch,
-                name=_name_of_run(),
-                save_to=save_to,
-                credentials=credentials,
-                max_cost=max_cost,
-                resubmit_uncertain=resubmit_uncertain,
-            )
+        async with nanogpt_client(credentials) as client, reporting_interruption(report):
+            limit = max_chars or await _longest_text(request, client)
+            if limit is not None and len(text.strip()) > limit:
+                if max_cost is not None:
+                    await refuse_above(max_cost, request, client)
+                audio = await speak_in_parts(
+                    request,
+                    limit,
+                    report,
+                    name=_name_of_run(),
+                    save_to=save_to,
+                    credentials=credentials,
+                    timeout_seconds=timeout_seconds,
+                    schedule=poll,
+                    resubmit_uncertain=resubmit_uncertain,
+                )
+            else:
+                audio = await speak(
+                    request,
+                    fetch,
+                    name=_name_of_run(),
+                    save_to=save_to,
+                    credentials=credentials,
+                    max_cost=max_cost,
+                    resubmit_uncertain=resubmit_uncertain,
+                )
             if report.ticket is None:
                 await report.finished(audio)
         await _remember(request, audio)
@@ -215,6 +244,109 @@ async def speak(
                 raise
             get_run_logger().info("The job of an earlier attempt came to nothing (%s). Submitting anew.", rejection)
             replaces = submission
+
+
+async def speak_in_parts(
+    request: TTSRequest,
+    limit: int,
+    report: Report,
+    *,
+    name: str,
+    save_to: str,
+    credentials: NanoGPTCredentials | None,
+    timeout_seconds: float,
+    schedule: PollSchedule,
+    resubmit_uncertain: bool,
+) -> AudioFile:
+    """Say a text that is too long for its model: each part a job, joined in order.
+
+    A part that fails fails the whole. Those under way are seen to their end, no further one is begun, and the tickets
+    of all of them are found again by the next attempt.
+    """
+    can_be_said_in_parts(request.response_format)
+    texts = await asyncio.to_thread(split, request.text, limit, request.language)
+    logger = get_run_logger()
+    logger.info("%d characters are said in %d parts of at most %d.", len(request.text), len(texts), limit)
+    places = asyncio.Semaphore(PARTS_AT_ONCE)
+    failures: list[NanoGPTError] = []
+
+    async def say(number: int, text: str, folder: str) -> AudioFile | None:
+        label = f"{number:04}"
+        save = save_audio.with_options(task_run_name=f"save-part-{label}")
+
+        async def fetch(ticket: Ticket, is_new: bool) -> AudioFile:
+            completed = await wait_for_job.with_options(task_run_name=f"wait-part-{label}")(
+                ticket, credentials, timeout_seconds=timeout_seconds, schedule=schedule, look_at_once=not is_new
+            )
+            try:
+                return of_ticket(await save(completed, name=label, save_to=folder, credentials=credentials), ticket)
+            except NanoGPTError as error:
+                error.ticket = ticket
+                raise
+
+        async with places:
+            if failures:
+                return None
+            try:
+                part = await speak(
+                    request.model_copy(update={"text": text}),
+                    fetch,
+                    name=label,
+                    save_to=folder,
+                    credentials=credentials,
+                    resubmit_uncertain=resubmit_uncertain,
+                    submit=submit_tts.with_options(task_run_name=f"submit-part-{label}"),
+                    save=save,
+                )
+            except NanoGPTError as error:
+                error.message = f"Part {number} of {len(texts)}: {error.message}"
+                failures.append(error)
+                return None
+            logger.info("Part %d of %d is here.", number, len(texts))
+            return part
+
+    with tempfile.TemporaryDirectory() as folder:
+        parts = await asyncio.gather(*(say(number, text, folder) for number, text in enumerate(texts, 1)))
+        if failures:
+            report.ticket = failures[0].ticket
+            raise failures[0]
+        return await _joined([part for part in parts if part is not None], Path(folder), name, save_to)
+
+
+async def _joined(parts: list[AudioFile], folder: Path, name: str, save_to: str) -> AudioFile:
+    containers = {part.container for part in parts}
+    if len(containers) > 1:
+        raise AudioError(f"The parts came as {', '.join(sorted(containers))}.", code="AUDIO_NOT_JOINABLE")
+    whole = folder / "whole"
+    await asyncio.to_thread(join, [Path(part.location) for part in parts], containers.pop(), whole)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        with whole.open("rb") as file:
+            while chunk := await asyncio.to_thread(file.read, 1024**2):
+                yield chunk
+
+    saved = await Destination(save_to).save(chunks(), file_stem(name))
+    costs = [part.cost for part in parts if part.cost is not None]
+    durations = [part.duration_seconds for part in parts if part.duration_seconds is not None]
+    return saved.model_copy(
+        update={
+            "cost": sum(costs, Decimal(0)) if costs else None,
+            "currency": next((part.currency for part in parts if part.currency), None),
+            "duration_seconds": sum(durations) if len(durations) == len(parts) else saved.duration_seconds,
+        }
+    )
+
+
+async def _longest_text(request: TTSRequest, client: NanoGPTClient) -> int | None:
+    """Look up how long a text the model takes, unless it is one that every model takes."""
+    if len(request.text) <= EVERY_MODEL_TAKES:
+        return None
+    try:
+        model = await client.speech_model(request.model)
+    except NanoGPTError as error:
+        get_run_logger().warning("The catalogue could not be read for the longest text: %s", error)
+        return None
+    return model.max_chars if model else None
 
 
 def request_of(fields: dict[str, Any]) -> TTSRequest:

@@ -37,7 +37,7 @@ from prefect_nanogpt.report import announce
 from prefect_nanogpt.tasks.limits import stay_under_rate_limit
 from prefect_nanogpt.tasks.retries import JITTER, may_help
 
-__all__ = ["fingerprint", "submit_tts"]
+__all__ = ["fingerprint", "refuse_above", "submit_tts"]
 
 RETRY_DELAYS_SECONDS: Final[list[float]] = [1, 2, 4, 8, 15]
 COST_LIMIT_EXCEEDED: Final = "COST_LIMIT_EXCEEDED"
@@ -171,7 +171,7 @@ async def submit_tts(
         if not resubmit_uncertain:
             await intent.refuse_if_open()
         if max_cost is not None:
-            await _refuse_above(max_cost, request, client)
+            await refuse_above(max_cost, request, client)
         await stay_under_rate_limit()
         await intent.open()
         try:
@@ -222,7 +222,12 @@ class _Intent:
             )
 
 
-async def _refuse_above(max_cost: Decimal, request: TTSRequest, client: NanoGPTClient) -> None:
+async def refuse_above(max_cost: Decimal, request: TTSRequest, client: NanoGPTClient) -> None:
+    """Refuse a request whose price in the provider's catalogue is above the limit.
+
+    Raises:
+        ProviderError: It is; code `COST_LIMIT_EXCEEDED`.
+    """
     logger = get_run_logger()
     try:
         model = await client.speech_model(request.model)

@@ -200,6 +200,14 @@ def test_a_table_of_dialogue_becomes_a_file_for_each_line(in_folder: Path, sandb
     assert {request.json.get("language") for request in sandbox.requests("submit")} == {None, "German", "French"}
 
 
+def test_a_chapter_becomes_one_file(in_folder: Path, sandbox: Sandbox) -> None:
+    said = run(
+        sys.executable, copy(EXAMPLES / "audiobook_chapter.py", in_folder), cwd=in_folder, env=environment(sandbox)
+    )
+    assert [path for path in (in_folder / "audio" / "book").iterdir()] == [Path(said.splitlines()[-1])]
+    assert len(sandbox.requests("submit")) > 1
+
+
 def test_tickets_from_elsewhere_are_fetched_and_nothing_is_submitted(in_folder: Path, sandbox: Sandbox) -> None:
     tickets = [sandbox.add_job(f"Order {number}.") for number in range(2)]
     Path("tickets.jsonl").write_text("".join(f"{json.dumps(ticket)}\n" for ticket in tickets))

@@ -21,7 +21,7 @@ SNIPPETS = {
 }
 ELSEWHERE = {
     "make demo": "a clean clone",
-    'pip install ".[audio]"': "the wheel's test",
+    'pip install ".[audio,long]"': "the wheel's test",
     "prefect worker start": "the deployment's test",
     "prefect-nanogpt serve": "the browser's test",
 }

@@ -1,0 +1,153 @@
+"""Texts that are longer than a model takes: where to cut them, and how to put their audio together again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from prefect_nanogpt.errors import AudioError, NanoGPTError
+
+__all__ = ["can_be_said_in_parts", "join", "split"]
+
+PARAGRAPH: Final = re.compile(r"\n\s*\n\s*")
+SPACE: Final = re.compile(r"\s+")
+JOINABLE: Final = frozenset({"mp3", "wav", "ogg"})
+"""FLAC numbers its frames and MP4 lists its samples, so joining them takes more than putting them in a row."""
+
+
+def can_be_said_in_parts(response_format: str | None) -> None:
+    """Make sure, before anything is paid for, that the audio of parts can be joined.
+
+    Raises:
+        NanoGPTError: The extra `long` is not installed (code `EXTRA_MISSING`), or the format cannot be joined (code
+            `INVALID_REQUEST`).
+    """
+    if response_format in {"flac", "aac"}:
+        raise NanoGPTError(
+            f"The text is longer than the model takes, and parts in {response_format} cannot be joined without "
+            "encoding them anew: ask for mp3, wav or opus. Nothing was submitted.",
+            code="INVALID_REQUEST",
+        )
+    try:
+        import av  # noqa: F401
+        import sentencex  # noqa: F401
+    except ImportError as error:
+        raise NanoGPTError(
+            f"The text is longer than the model takes. To say it in parts, install prefect-nanogpt[long] ({error}). "
+            "Nothing was submitted.",
+            code="EXTRA_MISSING",
+        ) from None
+
+
+def split(text: str, limit: int, language: str | None = None) -> list[str]:
+    """Cut a text into parts of at most `limit` characters, at the end of a paragraph, else a sentence, else a word.
+
+    A paragraph that ends in the first half of what a part can hold is passed over, since every part costs a job.
+
+    Args:
+        text: The text.
+        limit: The longest part, in characters.
+        language: An ISO 639-1 code such as `de`, whose abbreviations then end no sentence; English otherwise.
+
+    Returns:
+        The parts, in order, without the white space around them. No other character is lost or repeated.
+
+    Example:
+        >>> split("Dr. No waits. He paid 3.50 for it.", 20)
+        ['Dr. No waits.', 'He paid 3.50 for it.']
+    """
+    if language is None or not re.fullmatch(r"[a-z]{2}", language):
+        language = "en"
+    paragraphs = [found.end() for found in PARAGRAPH.finditer(text)]
+    sentences = list(_sentence_ends(text, language))
+    words = [found.end() for found in SPACE.finditer(text)]
+    parts = []
+    start = len(text) - len(text.lstrip())
+    end = len(text.rstrip())
+    while end - start > limit:
+        # White space after the last word need not fit.
+        cut = (
+            _last(paragraphs, text, start, limit, least=limit // 2)
+            or _last(sentences, text, start, limit)
+            or _last(words, text, start, limit)
+            or start + limit
+        )
+        parts.append(text[start:cut].strip())
+        start = cut + len(text[cut:]) - len(text[cut:].lstrip())
+    parts.append(text[start:end])
+    return parts
+
+
+def _sentence_ends(text: str, language: str) -> Iterator[int]:
+    """Find where sentences end, paragraph by paragraph: the segmenter loses its place in a text of many thousands."""
+    import sentencex
+
+    start = 0
+    for end in [*(found.end() for found in PARAGRAPH.finditer(text)), len(text)]:
+        for sentence in sentencex.segment(language, text[start:end]):
+            start = text.index(sentence, start) + len(sentence)
+            if start == len(text) or text[start - 1].isspace() or text[start].isspace() or not text[start].isascii():
+                yield start
+        start = end
+
+
+def _last(ends: list[int], text: str, start: int, limit: int, least: int = 1) -> int | None:
+    """Find the last boundary up to which the text from `start` fits, and is not less than `least` characters."""
+    found = None
+    for end in ends:
+        if end <= start:
+            continue
+        length = len(text[start:end].strip())
+        if length > limit:
+            break
+        if length >= least:
+            found = end
+    return found
+
+
+def join(parts: Sequence[Path], container: str, target: Path) -> None:
+    """Put audio files one behind the other without encoding anew, so that nothing is lost and hours take seconds.
+
+    Tags and index headers of the parts are left out; the result has a header of its own.
+
+    Args:
+        parts: The files, in order.
+        container: What all of them are: `mp3`, `wav` or `ogg`.
+        target: The file to write.
+
+    Raises:
+        AudioError: The parts differ in codec, sample rate or channels, or cannot be read.
+    """
+    import av
+
+    if container not in JOINABLE:
+        raise AudioError(f"Parts that are {container} cannot be joined.", code="AUDIO_NOT_JOINABLE")
+    kinds = set()
+    try:
+        with av.open(str(target), "w", format=container) as joined:
+            stream = None
+            end = 0
+            for part in parts:
+                with av.open(str(part)) as source:
+                    audio = source.streams.audio[0]
+                    kinds.add((audio.codec_context.name, audio.rate, audio.channels))
+                    if len(kinds) > 1:
+                        raise AudioError(f"The parts differ: {sorted(kinds)}.", code="AUDIO_NOT_JOINABLE")
+                    if stream is None:
+                        stream = joined.add_stream_from_template(audio)
+                    first = None
+                    offset = end
+                    for packet in source.demux(audio):
+                        if packet.pts is None or packet.dts is None:
+                            continue
+                        first = packet.pts if first is None else first
+                        packet.pts += offset - first
+                        packet.dts = packet.pts
+                        end = packet.pts + (packet.duration or 0)
+                        packet.time_base = audio.time_base
+                        packet.stream = stream
+                        joined.mux(packet)
+    except (av.FFmpegError, IndexError) as error:
+        raise AudioError(f"The parts cannot be joined: {error}", code="AUDIO_NOT_JOINABLE") from None

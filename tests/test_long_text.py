@@ -1,0 +1,172 @@
+"""Texts longer than a model takes: no word lost, no part paid for twice, one file."""
+
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import miniaudio
+import pytest
+from imageio_ffmpeg import get_ffmpeg_exe
+
+from prefect_nanogpt import NanoGPTCredentials
+from prefect_nanogpt.errors import AudioError, ContentPolicyViolation, NanoGPTError, TTSJobRejected
+from prefect_nanogpt.flows import text_to_speech
+from prefect_nanogpt.long_text import join, split
+from prefect_nanogpt.models import AudioFile, PollSchedule
+from prefect_nanogpt.sandbox import Sandbox
+
+SENTENCES = (
+    "Dr. Watson paid 3.50 for it, i.e. far too much.",
+    "“Really?” asked Mr. Holmes!",
+    "Frau Dr. Müller kam z. B. um 8.30 Uhr, d. h. zu spät.",
+    "Größer wird's nicht; so ist das eben.",
+    "M. Dupont est arrivé à 10 h. avec son chien, n'est-ce pas ?",
+    "L'été fut long… et l'hiver aussi.",
+)
+
+
+def chapter(characters: int) -> str:
+    """Write a text in three languages in which every sentence has a number of its own."""
+    paragraphs: list[str] = []
+    number = 0
+    while sum(map(len, paragraphs)) < characters:
+        paragraphs.append(" ".join(f"{SENTENCES[(number + i) % 6]} [{number + i}]" for i in range(1 + number % 9)))
+        number += 1 + number % 9
+    return "\n\n".join(paragraphs)
+
+
+@pytest.fixture
+def speech(credentials: NanoGPTCredentials, save_to: str, quick: PollSchedule) -> dict[str, Any]:
+    return {"credentials": credentials, "save_to": save_to, "poll": quick}
+
+
+class TestSplitting:
+    @pytest.mark.parametrize("limit", [50, 512, 4096, 10_000])
+    def test_no_word_is_lost_or_repeated(self, limit: int) -> None:
+        text = chapter(60_000)
+        parts = split(text, limit)
+        assert max(map(len, parts)) <= limit
+        assert " ".join(parts).split() == text.split()
+
+    def test_a_paragraph_is_preferred_to_a_sentence_and_that_to_a_word(self) -> None:
+        assert split("One two. Three.\n\nFour five six. Seven", 24) == ["One two. Three.", "Four five six. Seven"]
+        assert split("One two. Three four five six.", 20) == ["One two.", "Three four five six."]
+        assert split("One two three four", 9) == ["One two", "three", "four"]
+
+    def test_numbers_and_abbreviations_end_no_sentence(self) -> None:
+        assert split("Yes. Dr. Watson paid 3.50 for it.", 30)[0] == "Yes."
+        assert split("Ja. Das ist z. B. von Dr. Müller.", 31, "de") == ["Ja.", "Das ist z. B. von Dr. Müller."]
+
+    def test_a_word_longer_than_a_part_is_cut(self) -> None:
+        assert split("a" * 25, 10) == ["a" * 10, "a" * 10, "a" * 5]
+
+    def test_a_text_that_fits_is_left_as_it_is(self) -> None:
+        assert split("  All of it.\n", 11) == ["All of it."]
+
+
+def tone(path: Path, seconds: float, *options: str) -> Path:
+    command = [get_ffmpeg_exe(), "-loglevel", "error", "-f", "lavfi", "-i", f"sine=duration={seconds}", *options]
+    subprocess.run([*command, "-metadata", "title=A part", str(path)], check=True)
+    return path
+
+
+def played(path: str | Path) -> float:
+    """Decode a file with ffmpeg, which must have nothing to complain about, and give its length in seconds."""
+    command = [get_ffmpeg_exe(), "-loglevel", "error", "-i", str(path), "-f", "s16le", "-ac", "1", "-ar", "8000", "-"]
+    done = subprocess.run(command, capture_output=True, check=True)
+    assert done.stderr == b""
+    return len(done.stdout) / 2 / 8000
+
+
+class TestJoining:
+    @pytest.mark.parametrize(
+        ("container", "options"),
+        [
+            ("mp3", ["-b:a", "64k"]),
+            ("mp3", ["-q:a", "4"]),
+            ("wav", []),
+            ("ogg", ["-c:a", "libopus", "-ar", "48000"]),
+        ],
+    )
+    def test_the_whole_is_as_long_as_its_parts(self, container: str, options: list[str], tmp_path: Path) -> None:
+        parts = [tone(tmp_path / f"{n}.{container}", 12.0 + n, *options) for n in range(3)]
+        join(parts, container, tmp_path / "whole")
+        assert played(tmp_path / "whole") == pytest.approx(sum(map(played, parts)), rel=0.01)
+        assert b"A part" not in (tmp_path / "whole").read_bytes()[100_000:]
+
+    def test_parts_that_differ_are_not_joined(self, tmp_path: Path) -> None:
+        parts = [tone(tmp_path / "a.wav", 1.0, "-ar", "8000"), tone(tmp_path / "b.wav", 1.0, "-ar", "16000")]
+        with pytest.raises(AudioError, match="AUDIO_NOT_JOINABLE: The parts differ"):
+            join(parts, "wav", tmp_path / "whole")
+
+    def test_what_is_no_audio_is_not_joined(self, tmp_path: Path) -> None:
+        (tmp_path / "a").write_bytes(b"nothing to hear")
+        with pytest.raises(AudioError, match="AUDIO_NOT_JOINABLE"):
+            join([tmp_path / "a"], "mp3", tmp_path / "whole")
+
+
+def assert_whole(audio: AudioFile, sandbox: Sandbox, measured: float) -> None:
+    parts = [miniaudio.decode(sandbox.audio_bytes(charge.run_id)).duration for charge in sandbox.ledger.charges]
+    assert audio.duration_seconds == pytest.approx(sum(parts), rel=0.01)
+    assert measured == pytest.approx(sum(parts), rel=0.01)
+    assert played(audio.location) == pytest.approx(sum(parts), rel=0.01)
+    assert audio.ticket is None
+    if audio.currency is not None:  # models that answer with the audio itself do not say what they charged
+        assert audio.cost == sum(charge.amount for charge in sandbox.ledger.charges)
+
+
+async def test_sixty_thousand_characters_become_one_mp3(speech: dict[str, Any], sandbox: Sandbox, save_to: str) -> None:
+    text = chapter(60_000)
+    audio = await text_to_speech(text, **speech, max_chars=5_000)
+    said = [request.json["text"] for request in sandbox.requests("submit")]
+    assert len(said) > 12
+    assert max(map(len, said)) <= 5_000
+    assert sorted(" ".join(said).split()) == sorted(text.split())
+    assert [path.name for path in Path(save_to).iterdir()] == [Path(audio.location).name]
+    assert audio.currency == "USD"
+    assert_whole(audio, sandbox, miniaudio.mp3_get_file_info(audio.location).duration)
+
+
+async def test_the_catalogue_knows_how_long_a_text_a_model_takes(speech: dict[str, Any], sandbox: Sandbox) -> None:
+    audio = await text_to_speech(chapter(60_000), model="tts-1", response_format="wav", **speech)
+    assert audio.container == "wav"
+    assert 10_000 > max(len(request.json["text"]) for request in sandbox.requests("submit")) > 3_000
+    assert len(sandbox.requests("submit")) == len(sandbox.ledger.charges) > 14
+    assert_whole(audio, sandbox, miniaudio.wav_get_file_info(audio.location).duration)
+
+
+async def test_a_part_that_fails_fails_the_whole_and_the_others_are_kept(
+    speech: dict[str, Any], sandbox: Sandbox, save_to: str
+) -> None:
+    text = "First part is fine. " * 3 + "\n\n" + "[sandbox:fail] Second part. " * 3 + "\n\n" + "Third part. " * 3
+    state = await text_to_speech(text, **speech, max_chars=100, return_state=True)
+    assert state.name == "TTS_FAILED"
+    assert str(state.message).startswith("TTS_FAILED: Part 2 of 3: ")
+    assert not Path(save_to).exists() or list(Path(save_to).iterdir()) == []
+    assert len(sandbox.ledger.charges) == 3
+
+
+async def test_the_next_try_pays_only_for_the_part_that_failed(speech: dict[str, Any], sandbox: Sandbox) -> None:
+    text = "The first part.\n\n[sandbox:fail] Two.\n\nThe third part."
+    with pytest.raises(TTSJobRejected, match="Part 2 of 3"):
+        await text_to_speech.with_options(retries=1)(text, **speech, max_chars=20)
+    submitted = Counter(request.json["text"] for request in sandbox.requests("submit"))
+    assert submitted == {"The first part.": 1, "[sandbox:fail] Two.": 2, "The third part.": 1}
+
+
+async def test_a_refused_part_is_final(speech: dict[str, Any], sandbox: Sandbox) -> None:
+    text = "The first part is all right.\n\n[sandbox:reject] The second."
+    with pytest.raises(ContentPolicyViolation, match="Part 2 of 2"):
+        await text_to_speech.with_options(retries=2)(text, **speech, max_chars=32)
+    assert len(sandbox.requests("submit")) == 2
+
+
+async def test_what_cannot_be_joined_is_refused_before_anything_is_paid_for(
+    speech: dict[str, Any], sandbox: Sandbox
+) -> None:
+    with pytest.raises(NanoGPTError, match=r"INVALID_REQUEST: .*ask for mp3, wav or opus"):
+        await text_to_speech("One. Two.", model="tts-1", response_format="flac", **speech, max_chars=5)
+    with pytest.raises(NanoGPTError, match="COST_LIMIT_EXCEEDED"):
+        await text_to_speech(chapter(60_000), **speech, max_chars=5_000, max_cost="0.50")
+    assert sandbox.ledger.charges == []

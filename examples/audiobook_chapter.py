@@ -41,7 +41,7 @@ async def read_chapter(text: str, save_to: str = "audio/book", max_cost: Decimal
 
 if __name__ == "__main__":
     with ExitStack() as stack:
-        if "NANOGPT_API_KEY" not in os.environ:
+        if not os.environ.get("NANOGPT_API_KEY"):
             sandbox = stack.enter_context(Sandbox())
             os.environ.update(NANOGPT_API_KEY="sandbox", NANOGPT_BASE_URL=sandbox.base_url)
         chapter = Path(sys.argv[1]).read_text(encoding="utf-8") if len(sys.argv) > 1 else CHAPTER

@@ -31,7 +31,7 @@ async def record_dialogue(lines: str = str(LINES), save_to: str = "audio/dialogu
 
 if __name__ == "__main__":
     with ExitStack() as stack:
-        if "NANOGPT_API_KEY" not in os.environ:
+        if not os.environ.get("NANOGPT_API_KEY"):
             sandbox = stack.enter_context(Sandbox())
             os.environ.update(NANOGPT_API_KEY="sandbox", NANOGPT_BASE_URL=sandbox.base_url)
         open_lines = asyncio.run(record_dialogue())

@@ -146,7 +146,7 @@ def join(parts: Sequence[Path], container: str, target: Path) -> None:
                         packet.pts += offset - first
                         packet.dts = packet.pts
                         end = packet.pts + (packet.duration or 0)
-                        packet.time_base = audio.time_base
+                        packet.time_base = audio.time_base or packet.time_base
                         packet.stream = stream
                         joined.mux(packet)
     except (av.FFmpegError, IndexError) as error:

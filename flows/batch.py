@@ -167,9 +167,7 @@ async def text_to_speech_batch(
         await _show(artifact_key, result)
         if all(row.is_completed for row in result):
             return result
-        error = _partial(result)
-        logger.warning("%s", error)
-        return cast(list[ManifestRow], await failed(error, final=not batch.may_go_better))
+        return cast(list[ManifestRow], await failed(_partial(result), final=not batch.may_go_better))
     except BatchPartial:
         raise
     except NanoGPTError as error:

@@ -33,6 +33,8 @@ from prefect_nanogpt import NanoGPTCredentials, __version__
 from prefect_nanogpt.credentials import find_credentials
 from prefect_nanogpt.errors import CredentialsError, NanoGPTError
 from prefect_nanogpt.flows import collect_open_tickets, text_to_speech, text_to_speech_batch, wait_for_tts
+from prefect_nanogpt.manifest import FILE_NAME as MANIFEST
+from prefect_nanogpt.manifest import read_lines
 from prefect_nanogpt.models import DEFAULT_MODEL, Ticket, TTSRequest
 from prefect_nanogpt.sandbox import Sandbox
 from prefect_nanogpt.sandbox import serve as serve_sandbox
@@ -140,6 +142,10 @@ def batch(
         requests_per_second: How many requests to make a second, at most 25.
         max_cost: The most that all the lines may cost, in USD.
     """
+    try:
+        read_lines(lines, {"model": model, "voice": voice})
+    except NanoGPTError as error:
+        raise UsageError(str(error)) from None
 
     async def run(credentials: NanoGPTCredentials) -> str:
         await text_to_speech_batch(
@@ -153,7 +159,7 @@ def batch(
             requests_per_second=requests_per_second,
             max_cost=max_cost,
         )
-        return Destination(save_to).location_of("manifest.jsonl")
+        return Destination(save_to).location_of(MANIFEST)
 
     return _run(run)
 

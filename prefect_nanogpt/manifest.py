@@ -16,7 +16,7 @@ from prefect_nanogpt.errors import NanoGPTError
 from prefect_nanogpt.models import Ticket, TTSRequest
 from prefect_nanogpt.storage import Destination, file_stem
 
-__all__ = ["Line", "Manifest", "ManifestRow", "read_lines"]
+__all__ = ["FILE_NAME", "Line", "Manifest", "ManifestRow", "read_lines"]
 
 FILE_NAME: Final = "manifest.jsonl"
 COMPLETED: Final = "completed"

@@ -114,6 +114,7 @@ def test_no_key_at_all_is_said_before_any_request(tmp_path: Path, sandbox: Sandb
         (["say", "Hello", "--file", "x"], "only one of them"),
         (["say", "--voic"], "--voic"),
         (["say", "--file", "not-there"], "not-there"),
+        (["batch", "not-there.csv"], "lines_unreadable: not-there.csv"),
         (["batch", "x.csv", "--requests-per-second", "26"], "requests-per-second"),
         (["say", "Hello", "--speed", "9"], "speed"),
         (["say", "Hello", "--timeout-seconds", "-1"], "timeout"),

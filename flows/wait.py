@@ -20,14 +20,12 @@ from prefect_nanogpt.errors import (
 )
 from prefect_nanogpt.flows.ending import failed
 from prefect_nanogpt.flows.forms import ArtifactKey, Credentials, SaveTo, Schedule, TimeoutSeconds, titled
-from prefect_nanogpt.models import AudioFile, Completed, Pending, PollSchedule, Rejected, Ticket, TTSStatus
-from prefect_nanogpt.polling import DeadlinePassed
-from prefect_nanogpt.polling import poll as poll_until
+from prefect_nanogpt.models import AudioFile, Pending, PollSchedule, Ticket, TTSStatus
 from prefect_nanogpt.report import Report, resume_command
 from prefect_nanogpt.storage import Destination, file_stem
 from prefect_nanogpt.tasks.audio import save_audio
 from prefect_nanogpt.tasks.retries import LONGEST_RETRY_AFTER_SECONDS
-from prefect_nanogpt.tasks.status import get_tts_status, rejection, timed_out
+from prefect_nanogpt.tasks.status import get_tts_status, until_completed
 
 __all__ = ["wait_for_tts"]
 
@@ -136,23 +134,12 @@ async def fetch_audio(
         logger.info("Waiting for job %s on %s, at most %g s.", ticket.run_id, ticket.model, timeout_seconds)
         await report.waiting(timeout_seconds)
         look = _Look(ticket, credentials, report)
-        try:
-            outcome = await poll_until(
-                look,
-                is_final=lambda status: not isinstance(status, Pending),
-                schedule=schedule,
-                timeout_seconds=timeout_seconds,
-                look_at_once=look_at_once,
-            )
-        except DeadlinePassed as passed:
-            raise timed_out(ticket, passed) from None
-        status = outcome.status
-        if isinstance(status, Rejected):
-            raise rejection(status, ticket)
-        assert isinstance(status, Completed)
+        outcome = await until_completed(
+            ticket, look, schedule=schedule, timeout_seconds=timeout_seconds, look_at_once=look_at_once
+        )
         logger.info("Completed after %.1f s and %d status calls.", outcome.seconds, outcome.polls)
         try:
-            saved = await save_audio(status, name=ticket.run_id, save_to=save_to, credentials=credentials)
+            saved = await save_audio(outcome.status, name=ticket.run_id, save_to=save_to, credentials=credentials)
         except NanoGPTError as error:
             error.ticket = ticket
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -96,9 +97,7 @@ def _sentence_ends(text: str, language: str) -> Iterator[int]:
 def _last(ends: list[int], text: str, start: int, limit: int, least: int = 1) -> int | None:
     """Find the last boundary up to which the text from `start` fits, and is not less than `least` characters."""
     found = None
-    for end in ends:
-        if end <= start:
-            continue
+    for end in ends[bisect_right(ends, start) :]:
         length = len(text[start:end].strip())
         if length > limit:
             break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from prefect import task
@@ -12,12 +13,12 @@ from prefect.cache_policies import NO_CACHE
 from prefect_nanogpt.credentials import NanoGPTCredentials, nanogpt_client
 from prefect_nanogpt.errors import ContentPolicyViolation, NanoGPTError, TTSJobRejected, TTSTimeout
 from prefect_nanogpt.models import Completed, Pending, PollSchedule, Rejected, Ticket, TTSStatus
-from prefect_nanogpt.polling import DeadlinePassed, poll
+from prefect_nanogpt.polling import DeadlinePassed, Outcome, poll
 from prefect_nanogpt.report import resume_command
 from prefect_nanogpt.tasks.limits import stay_under_rate_limit
 from prefect_nanogpt.tasks.retries import JITTER, LONGEST_RETRY_AFTER_SECONDS, is_worth_another_try, may_help
 
-__all__ = ["get_tts_status", "rejection", "timed_out", "wait_for_job"]
+__all__ = ["get_tts_status", "rejection", "until_completed", "wait_for_job"]
 
 # Two minutes in all: an outage of a minute in the middle of a wait is nobody's business.
 RETRY_DELAYS_SECONDS: Final[list[float]] = [1, 2, 4, 8, 15, 30, 30, 30]
@@ -145,33 +146,49 @@ async def wait_for_job(
                 await asyncio.sleep(max(pause, error.retry_after_seconds or 0))
 
     async with nanogpt_client(credentials) as client:
-        try:
-            outcome = await poll(
-                look,
-                is_final=lambda status: not isinstance(status, Pending),
-                schedule=schedule,
-                timeout_seconds=timeout_seconds,
-                look_at_once=look_at_once,
-            )
-        except DeadlinePassed as passed:
-            raise timed_out(ticket, passed) from None
-    if isinstance(outcome.status, Rejected):
-        raise rejection(outcome.status, ticket)
-    assert isinstance(outcome.status, Completed)
+        outcome = await until_completed(
+            ticket, look, schedule=schedule, timeout_seconds=timeout_seconds, look_at_once=look_at_once
+        )
     return outcome.status
+
+
+async def until_completed(
+    ticket: Ticket,
+    look: Callable[[float], Awaitable[TTSStatus]],
+    *,
+    schedule: PollSchedule,
+    timeout_seconds: float,
+    look_at_once: bool,
+) -> Outcome[Completed]:
+    """Look at a job until it is completed; how to look is the caller's.
+
+    Raises:
+        TTSJobRejected: The provider gave up on the job; a `ContentPolicyViolation` where it refused the text.
+        TTSTimeout: The job was still under way at the deadline.
+    """
+    try:
+        outcome = await poll(
+            look,
+            is_final=lambda status: not isinstance(status, Pending),
+            schedule=schedule,
+            timeout_seconds=timeout_seconds,
+            look_at_once=look_at_once,
+        )
+    except DeadlinePassed as passed:
+        raise TTSTimeout(
+            f"Job {ticket.run_id} was still under way after {passed.seconds:.0f} s and {passed.polls} status calls. "
+            f"It is paid for and goes on: {resume_command(ticket)}",
+            ticket=ticket,
+            retryable=True,
+        ) from None
+    status = outcome.status
+    if isinstance(status, Rejected):
+        raise rejection(status, ticket)
+    assert isinstance(status, Completed)
+    return Outcome(status, outcome.polls, outcome.seconds)
 
 
 def rejection(status: Rejected, ticket: Ticket) -> TTSJobRejected:
     """Make the exception of a rejected job."""
     kind = ContentPolicyViolation if status.is_content_policy else TTSJobRejected
     return kind(status.message, code=status.code, ticket=ticket)
-
-
-def timed_out(ticket: Ticket, passed: DeadlinePassed) -> TTSTimeout:
-    """Make the exception of a job that outlasted its deadline."""
-    return TTSTimeout(
-        f"Job {ticket.run_id} was still under way after {passed.seconds:.0f} s and {passed.polls} status calls. "
-        f"It is paid for and goes on: {resume_command(ticket)}",
-        ticket=ticket,
-        retryable=True,
-    )

@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterator
@@ -16,6 +18,7 @@ for name in [name for name in os.environ if name.startswith("NANOGPT_")]:
     del os.environ[name]
 
 import pytest
+from prefect.settings import PREFECT_API_URL
 from prefect.testing.utilities import prefect_test_harness
 from pydantic import SecretStr
 
@@ -77,6 +80,22 @@ def no_retry_delays(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(task, "retry_delay_seconds", [0.01])
     delays = "prefect_nanogpt.tasks.status.RETRY_DELAYS_SECONDS"
     monkeypatch.setattr(delays, [0.01] * len(status.RETRY_DELAYS_SECONDS))
+
+
+def start(module: str, *arguments: str, sandbox: Sandbox) -> subprocess.Popen[bytes]:
+    """Start a module of the tests in a process of its own, with the same server and this sandbox."""
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        cwd=Path(__file__).parent.parent,
+        env={
+            **os.environ,
+            "PREFECT_API_URL": PREFECT_API_URL.value(),
+            "NANOGPT_API_KEY": API_KEY,
+            "NANOGPT_BASE_URL": sandbox.base_url,
+        },
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 async def eventually(look: Callable[[], Awaitable[T | None]], seconds: float = 30) -> T:

@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from decimal import Decimal
@@ -17,7 +16,6 @@ from typing import Any
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey, FlowRunFilter, TaskRunFilter
-from prefect.settings import PREFECT_API_URL
 
 from prefect_nanogpt import NanoGPTCredentials
 from prefect_nanogpt.errors import BatchPartial, NanoGPTError
@@ -25,7 +23,7 @@ from prefect_nanogpt.flows import text_to_speech_batch
 from prefect_nanogpt.manifest import ManifestRow, read_lines
 from prefect_nanogpt.models import PollSchedule
 from prefect_nanogpt.sandbox import Accept, Answer, Cut, Sandbox
-from tests.conftest import API_KEY
+from tests.conftest import start
 
 
 def lines_of(count: int, text: str = "Line {} of many.") -> list[dict[str, Any]]:
@@ -263,22 +261,9 @@ async def test_an_uncertain_line_is_not_paid_for_twice(batch: dict[str, Any], sa
     assert len(sandbox.requests("submit")) == 3
 
 
-class Process:
-    """A process that runs a batch, as a new flow run each time."""
-
-    def __init__(self, file: Path, save_to: str, sandbox: Sandbox) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.batching", str(file), save_to],
-            cwd=Path(__file__).parent.parent,
-            env={
-                **os.environ,
-                "PREFECT_API_URL": PREFECT_API_URL.value(),
-                "NANOGPT_API_KEY": API_KEY,
-                "NANOGPT_BASE_URL": sandbox.base_url,
-            },
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+def started(file: Path, save_to: str, sandbox: Sandbox) -> subprocess.Popen[bytes]:
+    """Start a process that runs a batch, as a new flow run each time."""
+    return start("tests.batching", str(file), save_to, sandbox=sandbox)
 
 
 def table(file: Path, count: int) -> Path:
@@ -307,14 +292,14 @@ def outcomes_once_paid(save_to: str, sandbox: Sandbox) -> Counter[str]:
 def test_two_hundred_lines_with_a_kill_in_the_middle(tmp_path: Path, save_to: str) -> None:
     file = table(tmp_path / "lines.csv", 200)
     with Sandbox(job_seconds=6.0, speak=False) as sandbox:
-        first = Process(file, save_to, sandbox)
+        first = started(file, save_to, sandbox)
         # All places are taken from the hundredth submission on until the first jobs are done, so none is uncertain.
         sandbox.wait_for_request("submit", count=100, timeout=120)
         time.sleep(0.5)
-        first.process.kill()
-        first.process.wait()
+        first.kill()
+        first.wait()
 
-        assert Process(file, save_to, sandbox).process.wait(timeout=180) == 0
+        assert started(file, save_to, sandbox).wait(timeout=180) == 0
 
         assert outcomes_once_paid(save_to, sandbox) == {"completed": 180, "CONTENT_POLICY_VIOLATION": 20}
         assert len(sandbox.ledger.charges) == 200
@@ -326,7 +311,7 @@ def test_kills_at_random_moments(tmp_path: Path, save_to: str, sandbox: Sandbox)
     file = table(tmp_path / "lines.csv", count)
     moments = random.Random(os.environ.get("SEED", "lines"))
     for _ in range(int(os.environ.get("KILLS", "3"))):
-        process = Process(file, save_to, sandbox).process
+        process = started(file, save_to, sandbox)
         had = len(sandbox.requests())
         deadline = time.monotonic() + 60
         while len(sandbox.requests()) == had and process.poll() is None and time.monotonic() < deadline:
@@ -335,7 +320,7 @@ def test_kills_at_random_moments(tmp_path: Path, save_to: str, sandbox: Sandbox)
         process.send_signal(signal.SIGKILL)
         process.wait()
 
-    assert Process(file, save_to, sandbox).process.wait(timeout=180) == 0
+    assert started(file, save_to, sandbox).wait(timeout=180) == 0
 
     outcomes = outcomes_once_paid(save_to, sandbox)
     uncertain = outcomes.pop("SUBMISSION_UNCERTAIN", 0)

@@ -2,10 +2,7 @@
 
 import asyncio
 import itertools
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -14,13 +11,12 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas import FlowRun
 from prefect.client.schemas.filters import FlowRunFilter, LogFilter
-from prefect.settings import PREFECT_API_URL
 from prefect.states import Scheduled
 
 from prefect_nanogpt.flows import text_to_speech
 from prefect_nanogpt.report import OPEN_TICKET
 from prefect_nanogpt.sandbox import Accept, Sandbox, Stall
-from tests.conftest import API_KEY, eventually
+from tests.conftest import eventually, start
 
 TEXT = "This is paid for once, whatever happens."
 PENDING = {"status": "pending"}
@@ -30,18 +26,7 @@ class Process:
     """The process of a flow run."""
 
     def __init__(self, flow_run_id: UUID, sandbox: Sandbox, *point: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.crashing", str(flow_run_id), *point],
-            cwd=Path(__file__).parent.parent,
-            env={
-                **os.environ,
-                "PREFECT_API_URL": PREFECT_API_URL.value(),
-                "NANOGPT_API_KEY": API_KEY,
-                "NANOGPT_BASE_URL": sandbox.base_url,
-            },
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        self._process = start("tests.crashing", str(flow_run_id), *point, sandbox=sandbox)
 
     def kill(self, how: signal.Signals) -> None:
         self._process.send_signal(how)

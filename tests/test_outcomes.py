@@ -293,7 +293,7 @@ def fly(monkeypatch: pytest.MonkeyPatch) -> None:
         nonlocal now
         now += seconds
 
-    monkeypatch.setattr("prefect_nanogpt.flows.wait.poll_until", partial(poll, clock=lambda: now, sleep=sleep))
+    monkeypatch.setattr("prefect_nanogpt.tasks.status.poll", partial(poll, clock=lambda: now, sleep=sleep))
 
 
 Arrange = Callable[[Case], dict[str, Any]]

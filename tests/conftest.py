@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,9 @@ from prefect_nanogpt import NanoGPTCredentials
 from prefect_nanogpt.models import PollSchedule
 from prefect_nanogpt.sandbox import Sandbox
 from prefect_nanogpt.tasks import get_tts_status, save_audio, status, submit_tts
+
+# A shell that starts the tests in the background leaves Ctrl-C ignored, and a worker stops through it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 T = TypeVar("T")
 API_KEY = "sk-nano-a-key-that-must-not-leak"

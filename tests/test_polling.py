@@ -186,7 +186,7 @@ async def test_no_two_looks_are_closer_than_the_shortest_pause_but_the_last() ->
 def test_the_pause_grows_with_the_root_of_the_time_waited_between_its_bounds() -> None:
     schedule = PollSchedule(jitter=0)
 
-    assert [schedule.pause(elapsed) for elapsed in (0, 1, 4, 16, 25, 3600)] == [1.5, 1.5, 1.6, 3.2, 4.0, 5.0]
+    assert [schedule.pause(elapsed) for elapsed in (0, 1, 4, 16, 25, 3600)] == [0.8, 0.8, 1.6, 3.2, 4.0, 5.0]
 
 
 @pytest.mark.parametrize(("drawn", "pause"), [(0.0, 1.8), (0.5, 2.0), (1.0, 2.2)])

@@ -34,7 +34,7 @@ class PollSchedule(BaseModel):
     model_config = ConfigDict(frozen=True, title="Poll schedule")
 
     min_seconds: float = Field(
-        1.5,
+        0.8,
         ge=SHORTEST_PAUSE_SECONDS,
         title="Shortest pause",
         description="The shortest pause between two status calls, in seconds; at least 0.25.",

@@ -49,8 +49,9 @@ from prefect_nanogpt.models import DEFAULT_MODEL, AudioFile, PollSchedule, Ticke
 from prefect_nanogpt.report import announce, quietly
 from prefect_nanogpt.storage import Destination
 from prefect_nanogpt.tasks.audio import save_audio
+from prefect_nanogpt.tasks.labels import labelled
 from prefect_nanogpt.tasks.status import wait_for_job
-from prefect_nanogpt.tasks.submit import COST_LIMIT_EXCEEDED, fingerprint, submit_tts
+from prefect_nanogpt.tasks.submit import COST_LIMIT_EXCEEDED, fingerprint
 
 __all__ = ["text_to_speech_batch"]
 
@@ -58,6 +59,8 @@ NOT_SUBMITTED: Final = "NOT_SUBMITTED"
 ROWS_SHOWN: Final = 100
 DETAIL_SHOWN: Final = 200
 PROGRESS_SECONDS: Final = 5.0
+SUBMISSIONS_AT_ONCE: Final = 16
+"""A thousand begun together would keep the process busy while the first of them are finished and nobody looks."""
 LAST_WORD_SECONDS: Final = 5.0
 
 
@@ -257,6 +260,7 @@ class _Batch:
         self._schedule = schedule
         self._resubmit_uncertain = resubmit_uncertain
         self._progress = progress
+        self._submissions = asyncio.Semaphore(SUBMISSIONS_AT_ONCE)
         self._rows: dict[str, ManifestRow] = {}
         self._stopped_by: str | None = None
         self.may_go_better = False
@@ -277,7 +281,8 @@ class _Batch:
 
     async def _work(self, lines: Iterator[Line]) -> None:
         for line in lines:
-            row = await self._row_of(line)
+            with labelled(line.id):
+                row = await self._row_of(line)
             self._rows[line.id] = row
             await self._manifest.add(row)
             await self._progress.step(failed=not row.is_completed)
@@ -304,17 +309,16 @@ class _Batch:
         async def fetch(submitted: Ticket, is_new: bool) -> AudioFile:
             nonlocal ticket
             ticket = submitted
-            completed = await wait_for_job.with_options(task_run_name=f"wait-{line.id}")(
+            completed = await wait_for_job(
                 submitted,
                 self._credentials,
                 timeout_seconds=self._timeout_seconds,
                 schedule=self._schedule,
                 look_at_once=not is_new,
             )
-            saved = await save(completed, name=line.id, save_to=self._save_to, credentials=self._credentials)
+            saved = await save_audio(completed, name=line.id, save_to=self._save_to, credentials=self._credentials)
             return of_ticket(saved, submitted)
 
-        save = save_audio.with_options(task_run_name=f"save-{line.id}")
         try:
             audio = await speak(
                 line.request,
@@ -326,8 +330,7 @@ class _Batch:
                 idempotency_key=f"{self._manifest.location}#{line.id}",
                 ticket=known,
                 replaces=before.ticket if before and before.is_lost else None,
-                submit=submit_tts.with_options(task_run_name=f"submit-{line.id}"),
-                save=save,
+                gate=self._submissions,
             )
         except Exception as error:
             if not isinstance(error, NanoGPTError):

@@ -6,11 +6,12 @@ import asyncio
 import tempfile
 import textwrap
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Final, cast
 
-from prefect import Task, flow
+from prefect import flow
 from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 from prefect.results import ResultStore, get_result_store
@@ -37,6 +38,7 @@ from prefect_nanogpt.models import DEFAULT_MODEL, AudioFile, PollSchedule, Submi
 from prefect_nanogpt.report import Report
 from prefect_nanogpt.storage import Destination, file_stem, is_intact
 from prefect_nanogpt.tasks.audio import save_audio
+from prefect_nanogpt.tasks.labels import labelled
 from prefect_nanogpt.tasks.status import wait_for_job
 from prefect_nanogpt.tasks.submit import COST_LIMIT_EXCEEDED, fingerprint, refuse_above, submit_tts
 
@@ -117,7 +119,7 @@ async def text_to_speech(
 
     Example:
         ```python
-        from prefect import Task, flow
+        from prefect import flow
         from prefect_nanogpt.flows import text_to_speech
 
         @flow
@@ -197,8 +199,7 @@ async def speak(
     idempotency_key: str | None = None,
     ticket: Ticket | None = None,
     replaces: Ticket | None = None,
-    submit: Task[..., Any] = submit_tts,
-    save: Task[..., Any] = save_audio,
+    gate: AbstractAsyncContextManager[Any] = nullcontext(),
 ) -> AudioFile:
     """Get the audio of a request: of the job that an earlier attempt submitted, or else of a new one.
 
@@ -213,8 +214,7 @@ async def speak(
         idempotency_key: As in `submit_tts`.
         ticket: The job of an earlier attempt, where the caller knows it.
         replaces: A job that came to nothing, to submit anew in its place.
-        submit: `submit_tts`, with options of the caller's.
-        save: `save_audio`, with options of the caller's.
+        gate: What to hold while submitting.
     """
     while True:
         is_new = False
@@ -222,19 +222,20 @@ async def speak(
         if ticket is not None:
             submission, ticket = ticket, None
         else:
-            state = await submit(
-                request,
-                credentials,
-                max_cost=max_cost,
-                replaces=replaces,
-                resubmit_uncertain=resubmit_uncertain,
-                idempotency_key=idempotency_key,
-                return_state=True,
-            )
+            async with gate:
+                state = await submit_tts(
+                    request,
+                    credentials,
+                    max_cost=max_cost,
+                    replaces=replaces,
+                    resubmit_uncertain=resubmit_uncertain,
+                    idempotency_key=idempotency_key,
+                    return_state=True,
+                )
             submission = await state.aresult()
             is_new = state.name != "Cached"
         if not isinstance(submission, Ticket):
-            return cast(AudioFile, await save(submission, name=name, save_to=save_to, credentials=credentials))
+            return cast(AudioFile, await save_audio(submission, name=name, save_to=save_to, credentials=credentials))
         try:
             return await fetch(submission, is_new)
         except ContentPolicyViolation:
@@ -271,15 +272,14 @@ async def speak_in_parts(
     failures: list[NanoGPTError] = []
 
     async def say(number: int, text: str, folder: str) -> AudioFile | None:
-        label = f"{number:04}"
-        save = save_audio.with_options(task_run_name=f"save-part-{label}")
+        label = f"part-{number:04}"
 
         async def fetch(ticket: Ticket, is_new: bool) -> AudioFile:
-            completed = await wait_for_job.with_options(task_run_name=f"wait-part-{label}")(
+            completed = await wait_for_job(
                 ticket, credentials, timeout_seconds=timeout_seconds, schedule=schedule, look_at_once=not is_new
             )
             try:
-                return of_ticket(await save(completed, name=label, save_to=folder, credentials=credentials), ticket)
+                return of_ticket(await save_audio(completed, name=label, save_to=folder, credentials=credentials), ticket)
             except NanoGPTError as error:
                 error.ticket = ticket
                 raise
@@ -288,16 +288,15 @@ async def speak_in_parts(
             if failures:
                 return None
             try:
-                part = await speak(
-                    request.model_copy(update={"text": text}),
-                    fetch,
-                    name=label,
-                    save_to=folder,
-                    credentials=credentials,
-                    resubmit_uncertain=resubmit_uncertain,
-                    submit=submit_tts.with_options(task_run_name=f"submit-part-{label}"),
-                    save=save,
-                )
+                with labelled(label):
+                    part = await speak(
+                        request.model_copy(update={"text": text}),
+                        fetch,
+                        name=label,
+                        save_to=folder,
+                        credentials=credentials,
+                        resubmit_uncertain=resubmit_uncertain,
+                    )
             except NanoGPTError as error:
                 error.message = f"Part {number} of {len(texts)}: {error.message}"
                 failures.append(error)

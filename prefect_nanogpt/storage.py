@@ -13,7 +13,7 @@ import secrets
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Final, ParamSpec, TypeVar
 
@@ -174,7 +174,9 @@ class Destination:
         """
         folder = Path(self._root) if self.is_local else Path(tempfile.gettempdir())
         if self.is_local:
-            await self.check()
+            _remove_leftovers(folder)
+        else:
+            _remove_leftovers(folder, stem)
         digest = hashlib.sha256()
         size = 0
         head = b""
@@ -188,12 +190,7 @@ class Destination:
                 digest.update(chunk)
                 file.write(chunk)
             container = _checked(head, size, expected_bytes)
-            file.flush()
-            await asyncio.to_thread(os.fsync, file.fileno())
-            duration, peaks = await asyncio.to_thread(measure, part, container)
-            if fcntl is None:
-                file.close()
-            location = await asyncio.to_thread(self._publish, part, f"{stem}.{container}")
+            duration, peaks, location = await asyncio.to_thread(self._finish, file, part, stem, container)
         return AudioFile(
             location=location,
             container=container,
@@ -239,6 +236,14 @@ class Destination:
             StorageError: It cannot be written.
         """
         await self._in_thread(self._write_text, name, text)
+
+    def _finish(self, file: BinaryIO, part: Path, stem: str, container: str) -> tuple[float | None, tuple[int, ...], str]:
+        file.flush()
+        os.fsync(file.fileno())
+        duration, peaks = measure(part, container)
+        if fcntl is None:
+            file.close()
+        return duration, peaks, self._publish(part, f"{stem}.{container}")
 
     def _sizes(self) -> dict[str, int]:
         self._fs.invalidate_cache()
@@ -401,20 +406,31 @@ def _checked(head: bytes, size: int, expected_bytes: int | None) -> str:
 
 @contextmanager
 def _temporary_file(folder: Path, stem: str) -> Iterator[tuple[BinaryIO, Path]]:
-    """Open a temporary file that a live process holds a lock on, and remove those whose process was killed."""
-    for leftover in folder.glob(f".{stem}.*{_PART}"):
-        with suppress(OSError), leftover.open("rb") as file:
-            _lock(file)
-            leftover.unlink()
+    """Open a temporary file that is locked for as long as its process lives."""
+    folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{stem}.{secrets.token_hex(4)}{_PART}"
     try:
         with part.open("xb") as file:
-            _lock(file)
-            yield file, part
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # Between the opening and the lock it looked like a leftover.
+            if part.exists():
+                yield file, part
+                return
+        with _temporary_file(folder, stem) as another:
+            yield another
     finally:
         part.unlink(missing_ok=True)
 
 
-def _lock(file: BinaryIO) -> None:
-    if fcntl is not None:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+@lru_cache(maxsize=1024)
+def _remove_leftovers(folder: Path, stem: str = "*") -> None:
+    """Remove the temporary files whose process was killed: those that nobody holds a lock on.
+
+    Once in a process is enough, and looking through a folder of thousands for each new file is slow.
+    """
+    for leftover in folder.glob(f".{stem}.????????{_PART}"):
+        with suppress(OSError), leftover.open("rb") as file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            leftover.unlink()

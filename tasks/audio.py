@@ -11,6 +11,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect_nanogpt.credentials import NanoGPTCredentials, nanogpt_client
 from prefect_nanogpt.models import AudioContent, AudioFile, Completed
 from prefect_nanogpt.storage import Destination, file_stem
+from prefect_nanogpt.tasks.labels import named_by_step
 from prefect_nanogpt.tasks.retries import JITTER, may_help
 
 __all__ = ["save_audio"]
@@ -20,6 +21,7 @@ RETRY_DELAYS_SECONDS: Final[list[float]] = [1, 4, 15]
 
 @task(
     name="save-audio",
+    task_run_name=named_by_step("save"),
     description="Download a finished job's audio, verify it, and move it into place.",
     retries=len(RETRY_DELAYS_SECONDS),
     retry_delay_seconds=RETRY_DELAYS_SECONDS,

@@ -15,6 +15,7 @@ from prefect_nanogpt.errors import ContentPolicyViolation, NanoGPTError, TTSJobR
 from prefect_nanogpt.models import Completed, Pending, PollSchedule, Rejected, Ticket, TTSStatus
 from prefect_nanogpt.polling import DeadlinePassed, Outcome, poll
 from prefect_nanogpt.report import resume_command
+from prefect_nanogpt.tasks.labels import named_by_step
 from prefect_nanogpt.tasks.limits import stay_under_rate_limit
 from prefect_nanogpt.tasks.retries import JITTER, LONGEST_RETRY_AFTER_SECONDS, is_worth_another_try, may_help
 
@@ -82,6 +83,7 @@ async def get_tts_status(
 
 @task(
     name="wait-for-job",
+    task_run_name=named_by_step("wait"),
     description="Wait for the end of a NanoGPT text-to-speech job.",
     cache_policy=NO_CACHE,
     persist_result=False,

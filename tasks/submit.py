@@ -34,6 +34,7 @@ from prefect_nanogpt.credentials import NanoGPTCredentials, nanogpt_client
 from prefect_nanogpt.errors import NanoGPTError, ProviderError, SubmissionUncertain
 from prefect_nanogpt.models import Submission, Ticket, TTSRequest
 from prefect_nanogpt.report import announce
+from prefect_nanogpt.tasks.labels import named_by_step
 from prefect_nanogpt.tasks.limits import stay_under_rate_limit
 from prefect_nanogpt.tasks.retries import JITTER, may_help
 
@@ -112,6 +113,7 @@ def _ordinal(run_id: UUID, run_count: int, request: tuple[Any, ...], claimant: U
 
 @task(
     name="submit-tts",
+    task_run_name=named_by_step("submit"),
     description="Submit a text to NanoGPT, once, and keep the ticket.",
     retries=len(RETRY_DELAYS_SECONDS),
     retry_delay_seconds=RETRY_DELAYS_SECONDS,

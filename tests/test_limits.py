@@ -19,7 +19,7 @@ AT_ONCE, A_SECOND, CALLS = 2, 4.0, 12
 async def test_status_calls_keep_to_a_global_rate_limit(
     sandbox: Sandbox, credentials: NanoGPTCredentials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "_no_limit_until", None)
+    monkeypatch.setattr(limits, "_known", (False, -limits.LOOK_AGAIN_SECONDS))
     tickets = [Ticket.model_validate(sandbox.add_job()) for _ in range(CALLS)]
 
     @flow

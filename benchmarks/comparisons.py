@@ -1,0 +1,330 @@
+"""The comparisons: each runs both sides in turn, on the same machine, and says what was to be reached."""
+
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks import polling
+from benchmarks.stage import client, measured, prefect_server, provider
+
+
+@dataclass
+class Target:
+    """What was to be reached, and what was measured."""
+
+    what: str
+    measured: float
+    limit: float
+    unit: str = "×"
+    at_least: bool = False
+
+    @property
+    def is_reached(self) -> bool:
+        """Whether the measured figure is on the right side of the limit."""
+        return self.measured >= self.limit if self.at_least else self.measured <= self.limit
+
+
+@dataclass
+class Comparison:
+    """A table, the targets that it is held against, and everything that was measured."""
+
+    title: str
+    about: str
+    columns: list[str]
+    rows: list[list[str]]
+    targets: list[Target] = field(default_factory=list)
+    raw: Any = None
+
+
+def median(values: Iterable[float]) -> float:
+    """Give the middle one."""
+    return statistics.median(values)
+
+
+def percentile_95(values: list[float]) -> float:
+    """Give the value that one in twenty is above."""
+    return sorted(values)[int(0.95 * len(values))]
+
+
+def compare_polling() -> Comparison:
+    """Compare ways of waiting on a virtual clock."""
+    costs = polling.compare()
+    loop = costs["every 3 s (NanoGPT's sample)"]
+    ours = costs["text_to_speech"]
+    return Comparison(
+        "Polling",
+        f"{polling.JOBS} jobs whose durations are log-uniform from 1 to 180 s, on a virtual clock, through the real "
+        "schedule. `text_to_speech` knows that its job is new and first looks after a pause; `wait_for_tts` does not "
+        "and looks at once, as the loops do. The delay is the time from a job's end to the look that sees it; relative, "
+        "as a share of the job's duration. The last two rows are not ways that exist: they are what a prediction of the "
+        "duration would be worth.",
+        ["", "calls a job", "mean delay, s", "mean relative delay"],
+        [
+            [name, f"{cost.calls:.1f}", f"{cost.delay:.2f}", f"{100 * cost.relative_delay:.1f} %"]
+            for name, cost in costs.items()
+        ],
+        [
+            Target("calls, against the provider's loop", ours.calls / loop.calls, 1.0),
+            Target("mean relative delay, against the loop", ours.relative_delay / loop.relative_delay, 0.5),
+            Target("mean absolute delay, against the loop", ours.delay / loop.delay, 1.1),
+        ],
+        {name: cost._asdict() for name, cost in costs.items()},
+    )
+
+
+def _jobs(module: str, count: int, *, tracked: bool) -> dict[str, Any]:
+    """Run so many jobs through one of the clients, with a provider and a server of their own."""
+    with provider() as api:
+        if not tracked:
+            run = client(module, str(count), provider=api)
+            server_says: dict[str, float] = {}
+        else:
+            with prefect_server() as server:
+                rows, requests, cpu = server.settled_rows(), server.requests(), server.cpu_seconds()
+                run = client(module, str(count), provider=api, server=server)
+                server_says = {
+                    "rows": (server.settled_rows() - rows) / count,
+                    "api_requests": (server.requests() - requests) / count,
+                    "server_cpu_seconds": server.cpu_seconds() - cpu,
+                }
+        seen = api.ask("seen")
+    assert seen["submitted"] == seen["downloads"] == count, seen
+    delays = seen.pop("delays")
+    return {
+        "wall_seconds": run.wall_seconds,
+        "cpu_seconds": run.cpu_seconds,
+        "peak_mb": run.said["peak_mb"],
+        "mean_delay": statistics.mean(delays),
+        "p95_delay": percentile_95(delays),
+        **seen,
+        **server_says,
+    }
+
+
+def compare_jobs(count: int, rounds: int) -> Comparison:
+    """Compare the batch with the obvious script."""
+    runs: dict[str, list[dict[str, Any]]] = {"batch": [], "obvious": []}
+    for _ in range(rounds):
+        for name, found in runs.items():
+            found.append(_jobs(f"benchmarks.{name}", count, tracked=name == "batch"))
+    figures = {
+        name: {key: median(run[key] for run in found) for key in found[0]} for name, found in runs.items()
+    }
+
+    def ratio(key: str) -> float:
+        return median(a[key] / b[key] for a, b in zip(runs["batch"], runs["obvious"], strict=True))
+
+    names = {"batch": "`text_to_speech_batch`, tracked in Prefect", "obvious": "the obvious script"}
+    return Comparison(
+        f"{count:,} jobs at once".replace(",", " "),
+        "Durations uniform from 2 to 20 s. On the one side `text_to_speech_batch`, with its retries, checks, ledger and "
+        "three task runs a line, on a Prefect server with SQLite; on the other a script of thirty lines "
+        "(`benchmarks/obvious.py`): `asyncio.gather`, one httpx client with 100 connections, a look every three "
+        "seconds. Neither keeps to a rate limit here. Time and memory are of the whole client process, imports "
+        f"included; provider and server run beside it on the same machine. Medians of {rounds} rounds in turn.",
+        ["", "wall, s", "CPU, s", "peak memory, MB", "mean delay, s", "p95 delay, s", "status calls"],
+        [
+            [
+                names[name],
+                f"{of['wall_seconds']:.1f}",
+                f"{of['cpu_seconds']:.1f}",
+                f"{of['peak_mb']:.0f}",
+                f"{of['mean_delay']:.2f}",
+                f"{of['p95_delay']:.2f}",
+                f"{of['status_calls']:.0f}",
+            ]
+            for name, of in figures.items()
+        ],
+        [
+            Target("CPU time of the client, against the script", ratio("cpu_seconds"), 1.0),
+            Target("p95 delay, against the script", ratio("p95_delay"), 1.0),
+            Target("wall time, against the script", ratio("wall_seconds"), 1.2),
+            Target("peak memory", figures["batch"]["peak_mb"], 250, "MB"),
+        ],
+        runs,
+    )
+
+
+def compare_plain(count: int, batch: dict[str, Any]) -> Comparison:
+    """Compare the batch with doing it plainly in Prefect."""
+    plain = _jobs("benchmarks.plain", count, tracked=True)
+    sides = {"`text_to_speech_batch`": batch, "plainly: a task run for each look": plain}
+    return Comparison(
+        "Against doing it plainly in Prefect",
+        f"The same {count} jobs in a flow with a task for each step and a task run for each look, every three seconds "
+        "(`benchmarks/plain.py`). Rows are those of all tables of the server's database, events and logs included, once "
+        "all has been written; requests are those that the server answered; events and logs travel on a websocket "
+        "beside them.",
+        ["", "rows a job", "API requests a job", "server CPU, s", "client CPU, s", "wall, s"],
+        [
+            [
+                name,
+                f"{of['rows']:.1f}",
+                f"{of['api_requests']:.2f}",
+                f"{of['server_cpu_seconds']:.1f}",
+                f"{of['cpu_seconds']:.1f}",
+                f"{of['wall_seconds']:.1f}",
+            ]
+            for name, of in sides.items()
+        ],
+        [Target("rows written, against a task run for each look", batch["rows"] / plain["rows"], 0.25)],
+        plain,
+    )
+
+
+def compare_growth(counts: list[int], known: dict[int, dict[str, Any]]) -> Comparison:
+    """Compare small batches with large ones."""
+    start = _idle()
+    found = {count: known.get(count) or _jobs("benchmarks.batch", count, tracked=True) for count in counts}
+    cpu = {count: 1_000 * (run["cpu_seconds"] - start["cpu_seconds"]) / count for count, run in found.items()}
+    memory = {count: (run["peak_mb"] - start["peak_mb"]) / count for count, run in found.items()}
+    measured_from = [count for count in counts if count >= 100]
+    base = measured_from[0]
+    return Comparison(
+        "Growth",
+        "The same batch with more lines, all at once. CPU and peak memory are of the client process, above one that only "
+        f"imports the flows ({start['cpu_seconds']:.1f} s and {start['peak_mb']:.0f} MB).",
+        ["jobs", "wall, s", "CPU a job, ms", "memory a job, kB", "peak memory, MB"],
+        [
+            [
+                str(count),
+                f"{run['wall_seconds']:.1f}",
+                f"{cpu[count]:.1f}",
+                f"{1024 * memory[count]:.0f}",
+                f"{run['peak_mb']:.0f}",
+            ]
+            for count, run in found.items()
+        ],
+        [
+            Target(f"CPU a job at {count}, against {base}", cpu[count] / cpu[base], 1.2) for count in measured_from[1:]
+        ]
+        + [
+            Target(f"memory a job at {count}, against {base}", memory[count] / memory[base], 1.2)
+            for count in measured_from[1:]
+        ],
+        {str(count): run for count, run in found.items()},
+    )
+
+
+def _idle() -> dict[str, float]:
+    """Measure a process that only imports the flows."""
+    code = "import json, benchmarks.batch as b; print(json.dumps({'peak_mb': b.memory_mb('VmHWM')}))"
+    runs = [measured([sys.executable, "-c", code]) for _ in range(3)]
+    return {
+        "cpu_seconds": median(run.cpu_seconds for run in runs),
+        "peak_mb": median(run.said["peak_mb"] for run in runs),
+    }
+
+
+def compare_one_job(rounds: int) -> Comparison:
+    """Compare one job in a flow with one through the bare client."""
+    with provider() as api, prefect_server() as server:
+        said = client("benchmarks.one_job", str(rounds), provider=api, server=server).said
+    return Comparison(
+        "One job",
+        f"CPU time of the process that waits, in `wait_for_tts` and through the bare client. Medians of {rounds} jobs.",
+        ["", "a run, ms", "a poll, ms"],
+        [
+            ["`wait_for_tts`", f"{said['tracked_run_ms']:.0f}", f"{said['tracked_poll_ms']:.1f}"],
+            ["the bare client", f"{said['bare_run_ms']:.0f}", f"{said['bare_poll_ms']:.1f}"],
+        ],
+        raw=said,
+    )
+
+
+def compare_imports(rounds: int) -> Comparison:
+    """Compare importing the flows with importing Prefect."""
+    codes = {
+        "import prefect": "import prefect",
+        "from prefect import flow, task": "from prefect import flow, task",
+        "import prefect_nanogpt.flows": "import prefect_nanogpt.flows",
+    }
+    times: dict[str, list[float]] = {name: [] for name in codes}
+    for round_ in range(rounds + 1):
+        for name, code in codes.items():
+            cpu = measured([sys.executable, "-c", code]).cpu_seconds
+            if round_ > 0:  # the first one compiles and fills the disk cache
+                times[name].append(cpu)
+    bare, usual, ours = (median(times[name]) for name in codes)
+    return Comparison(
+        "Import",
+        f"CPU time of a process that does nothing else. Medians of {rounds} rounds in turn.",
+        ["", "CPU, s"],
+        [[f"`{name}`", f"{median(found):.2f}"] for name, found in times.items()],
+        [
+            Target("`import prefect_nanogpt.flows`, against `import prefect`", ours / bare, 1.05),
+            Target("the same, against `from prefect import flow, task`", ours / usual, 1.05),
+        ],
+        times,
+    )
+
+
+def compare_large_file(megabytes: int, rounds: int) -> Comparison:
+    """Compare saving a large file with `curl`."""
+    found: list[dict[str, float]] = []
+    with provider() as api, prefect_server() as server:
+        bodies = [api.ask("file 1"), api.ask(f"file {megabytes}")]
+        for _ in range(rounds):
+            ours = client("benchmarks.large_file", json.dumps(bodies), provider=api, server=server).said
+            found.append({**ours, "curl_mb_per_second": megabytes / _curl(bodies[1]["audioUrl"])})
+    speed, curl = (median(run[key] for run in found) for key in ("mb_per_second", "curl_mb_per_second"))
+    memory = median(run["above_idle_mb"] for run in found)
+    return Comparison(
+        "A large file",
+        f"A WAV file of {megabytes} MB from the sandbox to disk: `save_audio`, which hashes and checks it and waits for "
+        f"the disk, against `curl`, which does not. Medians of {rounds} rounds in turn.",
+        ["", "MB/s", "memory above idle, MB"],
+        [["`save_audio`", f"{speed:.0f}", f"{memory:.1f}"], ["`curl`", f"{curl:.0f}", ""]],
+        [
+            Target("memory above idle", memory, 30, "MB"),
+            Target(
+                "throughput, against curl",
+                median(run["mb_per_second"] / run["curl_mb_per_second"] for run in found),
+                0.5,
+                at_least=True,
+            ),
+        ],
+        found,
+    )
+
+
+def _curl(url: str) -> float:
+    curl = shutil.which("curl")
+    if curl is None:
+        raise RuntimeError("This comparison needs curl.")
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.monotonic()
+        measured([curl, "--silent", "--fail", "--output", str(Path(folder, "file")), url], dict(os.environ))
+        return time.monotonic() - start
+
+
+def all_comparisons(*, quick: bool) -> Iterable[Callable[[], Comparison]]:
+    """List the comparisons in their order; the later ones use what the earlier ones measured."""
+    count, rounds = (50, 1) if quick else (1_000, 3)
+    jobs: list[dict[str, Any]] = []
+
+    def compare_and_keep() -> Comparison:
+        comparison = compare_jobs(count, rounds)
+        jobs.extend(comparison.raw["batch"])
+        return comparison
+
+    def middle() -> dict[str, Any]:
+        return {key: median(run[key] for run in jobs) for key in jobs[0]}
+
+    yield compare_polling
+    yield compare_and_keep
+    yield lambda: compare_plain(count, middle())
+    if not quick:
+        yield lambda: compare_one_job(rounds=5)
+    yield lambda: compare_imports(1 if quick else 7)
+    if not quick:
+        yield lambda: compare_growth([10, 100, 1_000, 5_000], {1_000: middle()})
+    yield lambda: compare_large_file(50 if quick else 200, rounds)

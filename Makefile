@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: help demo test screenshots reference lint format lock clean
+.PHONY: help demo test bench bench-quick screenshots reference lint format lock clean
 
 help: ## Show what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -22,6 +22,12 @@ demo: $(VENV)/.installed ## Say a sentence with the sandbox, tracked in Prefect,
 
 test: $(VENV)/.installed ## Run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+
+bench: $(VENV)/.installed ## Measure everything into docs/performance.md (half an hour)
+	$(BIN)/python -m benchmarks
+
+bench-quick: $(VENV)/.installed ## Measure a little, and only print it
+	$(BIN)/python -m benchmarks --quick
 
 screenshots: $(VENV)/.installed ## Photograph the Prefect UI for the documentation (needs Chromium)
 	SCREENSHOTS=docs/images $(BIN)/python -m pytest tests/test_ui.py

@@ -119,6 +119,8 @@ def compare() -> dict[str, Cost]:
     durations = log_uniform(JOBS)
     random.seed(SEED)
     return {
-        name: Cost(*map(statistics.mean, zip(*[asyncio.run(cost_of(way, durations)) for _ in range(ROUNDS)], strict=True)))
+        name: Cost(
+            *map(statistics.mean, zip(*[asyncio.run(cost_of(way, durations)) for _ in range(ROUNDS)], strict=True))
+        )
         for name, way in ways.items()
     }

@@ -76,7 +76,7 @@ class PrefectServer:
         before = -1
         while (now := self.rows()) != before:
             before = now
-            time.sleep(3)
+            time.sleep(2)
         return now
 
     def requests(self) -> int:
@@ -134,9 +134,7 @@ class Run:
     said: dict[str, Any]
 
 
-def client(
-    module: str, *arguments: str, provider: Provider | None = None, server: PrefectServer | None = None
-) -> Run:
+def client(module: str, *arguments: str, provider: Provider | None = None, server: PrefectServer | None = None) -> Run:
     """Run a client to its end. The folder for its audio is its last argument."""
     folder = tempfile.mkdtemp(prefix="benchmark-audio-")
     environment = {**os.environ, **QUIET, "PREFECT_HOME": tempfile.mkdtemp(prefix="benchmark-home-")}

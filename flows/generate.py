@@ -199,7 +199,7 @@ async def speak(
     idempotency_key: str | None = None,
     ticket: Ticket | None = None,
     replaces: Ticket | None = None,
-    gate: AbstractAsyncContextManager[Any] = nullcontext(),
+    gate: AbstractAsyncContextManager[Any] = nullcontext(),  # noqa: B008 - stateless
 ) -> AudioFile:
     """Get the audio of a request: of the job that an earlier attempt submitted, or else of a new one.
 
@@ -279,7 +279,9 @@ async def speak_in_parts(
                 ticket, credentials, timeout_seconds=timeout_seconds, schedule=schedule, look_at_once=not is_new
             )
             try:
-                return of_ticket(await save_audio(completed, name=label, save_to=folder, credentials=credentials), ticket)
+                return of_ticket(
+                    await save_audio(completed, name=label, save_to=folder, credentials=credentials), ticket
+                )
             except NanoGPTError as error:
                 error.ticket = ticket
                 raise

@@ -46,6 +46,7 @@ CONTENT_TYPES: Final = {
 _BUCKETS: Final = frozenset({"s3", "gs", "abfs", "memory"})
 _BLOCK: Final = "remote-file-system/"
 _HEAD_BYTES: Final = 12
+_BLOCK_BYTES: Final = 1024**2
 _PART: Final = ".part"
 
 
@@ -180,17 +181,42 @@ class Destination:
         digest = hashlib.sha256()
         size = 0
         head = b""
+        block = bytearray()
+        writing: asyncio.Future[None] | None = None
         with self._explained(), _temporary_file(folder, stem) as (file, part):
-            async for chunk in chunks:
-                size += len(chunk)
-                if size > LARGEST_AUDIO_BYTES:
-                    raise AudioError(f"The audio is larger than {LARGEST_AUDIO_BYTES} bytes.")
-                if len(head) < _HEAD_BYTES:
-                    head += chunk[: _HEAD_BYTES - len(head)]
-                digest.update(chunk)
-                file.write(chunk)
+
+            def write(block: bytearray) -> None:
+                digest.update(block)
+                file.write(block)
+
+            try:
+                async for chunk in chunks:
+                    size += len(chunk)
+                    if size > LARGEST_AUDIO_BYTES:
+                        raise AudioError(f"The audio is larger than {LARGEST_AUDIO_BYTES} bytes.")
+                    if len(head) < _HEAD_BYTES:
+                        head += chunk[: _HEAD_BYTES - len(head)]
+                    block += chunk
+                    if len(block) >= _BLOCK_BYTES:  # written while the next one comes in
+                        if writing is not None:
+                            await writing
+                        writing = asyncio.ensure_future(asyncio.to_thread(write, block))
+                        block = bytearray()
+            finally:
+                if writing is not None:
+                    await writing
             container = _checked(head, size, expected_bytes)
-            duration, peaks, location = await asyncio.to_thread(self._finish, file, part, stem, container)
+
+            def finish() -> tuple[float | None, tuple[int, ...], str]:
+                write(block)
+                file.flush()
+                os.fsync(file.fileno())
+                duration, peaks = measure(part, container)
+                if fcntl is None:
+                    file.close()
+                return duration, peaks, self._publish(part, f"{stem}.{container}")
+
+            duration, peaks, location = await asyncio.to_thread(finish)
         return AudioFile(
             location=location,
             container=container,
@@ -236,14 +262,6 @@ class Destination:
             StorageError: It cannot be written.
         """
         await self._in_thread(self._write_text, name, text)
-
-    def _finish(self, file: BinaryIO, part: Path, stem: str, container: str) -> tuple[float | None, tuple[int, ...], str]:
-        file.flush()
-        os.fsync(file.fileno())
-        duration, peaks = measure(part, container)
-        if fcntl is None:
-            file.close()
-        return duration, peaks, self._publish(part, f"{stem}.{container}")
 
     def _sizes(self) -> dict[str, int]:
         self._fs.invalidate_cache()

@@ -6,14 +6,14 @@ import asyncio
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
-from pathlib import PurePath
-from typing import Annotated, Any, Final, cast
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Final, NamedTuple, cast
 from uuid import UUID
 
 import anyio
-from prefect import flow
+from prefect import State, flow
 from prefect.artifacts import acreate_progress_artifact, acreate_table_artifact, aupdate_progress_artifact
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run as this_flow_run
@@ -43,11 +43,12 @@ from prefect_nanogpt.flows.forms import (
     titled,
 )
 from prefect_nanogpt.flows.generate import speak
+from prefect_nanogpt.flows.shards import credentials_for_workers, run_shards
 from prefect_nanogpt.flows.wait import of_ticket
-from prefect_nanogpt.manifest import COMPLETED, Line, Manifest, ManifestRow, read_lines
+from prefect_nanogpt.manifest import COMPLETED, Line, Manifest, ManifestRow, Shard, read_lines
 from prefect_nanogpt.models import DEFAULT_MODEL, AudioFile, PollSchedule, Ticket
 from prefect_nanogpt.report import announce, quietly
-from prefect_nanogpt.storage import Destination
+from prefect_nanogpt.storage import BLOCK, Destination
 from prefect_nanogpt.tasks.audio import save_audio
 from prefect_nanogpt.tasks.labels import labelled
 from prefect_nanogpt.tasks.status import wait_for_job
@@ -67,7 +68,9 @@ LAST_WORD_SECONDS: Final = 5.0
 def run_name() -> str:
     """Name a run by its file, or by how many lines it has."""
     lines = this_flow_run.parameters.get("lines", ())
-    return f"tts-batch-{PurePath(lines).name if isinstance(lines, str) else f'{len(lines)}-lines'}"
+    what = PurePath(lines).name if isinstance(lines, str) else f"{len(lines)}-lines"
+    shard = f"-shard-{number}" if (number := this_flow_run.parameters.get("shard")) else ""
+    return f"tts-batch-{what}{shard}"
 
 
 @flow(
@@ -90,6 +93,9 @@ async def text_to_speech_batch(
     max_cost: Annotated[Decimal | None, titled("Cost limit for the whole, in USD")] = None,
     resubmit_uncertain: Annotated[bool, titled("Resubmit what is uncertain")] = False,
     artifact_key: ArtifactKey = "tts-batch",
+    shards: Annotated[int, titled("Shards"), Field(ge=1, le=100)] = 1,
+    shard_deployment: Annotated[str | None, titled("Deployment of the shards")] = None,
+    shard: Annotated[int | None, titled("Shard"), Field(ge=1)] = None,
 ) -> list[ManifestRow]:
     """Say many lines, each into a file named by its id, and keep a manifest of them beside the audio.
 
@@ -113,6 +119,11 @@ async def text_to_speech_batch(
             where the provider's catalogue has the prices; otherwise no line is submitted once it is reached.
         resubmit_uncertain: Submit even lines that may already have been accepted, and pay twice for those that were.
         artifact_key: The key of the table of lines; lower-case letters, digits and dashes.
+        shards: In how many runs of the deployment to do it, on as many workers as there are. Each has its share of
+            `max_in_flight`, `requests_per_second` and `max_cost`.
+        shard_deployment: The deployment that runs the shards, as `flow/deployment`; None for this run's own, or else
+            the one in `prefect.yaml`.
+        shard: Which shard this run is. The run that starts the shards sets it; leave it empty.
 
     Returns:
         What became of each line, in the order of the lines.
@@ -126,7 +137,7 @@ async def text_to_speech_batch(
 
     Example:
         ```python
-        from prefect import flow
+        from prefect import State, flow
         from prefect_nanogpt.flows import text_to_speech_batch
 
         @flow
@@ -143,9 +154,13 @@ async def text_to_speech_batch(
     try:
         defaults = {"model": model, "voice": voice, **(options or {})}
         wanted = await asyncio.to_thread(read_lines, lines, defaults)
+        if shard is not None:
+            wanted = wanted[shard - 1 :: shards]
         destination = Destination(save_to)
-        manifest = Manifest(destination)
+        manifest = Manifest(destination, Shard(shard, shards) if shard is not None else None)
         earlier = await manifest.read()
+        if shard is None:
+            earlier = await manifest.gather()
         sizes = await destination.sizes()
         todo = [line for line in wanted if not _is_settled(line, earlier.get(line.id), sizes)]
         logger.info("%d lines, of which %d are to do.", len(wanted), len(todo))
@@ -154,23 +169,53 @@ async def text_to_speech_batch(
             budget = _Budget(max_cost, spent=_charged(earlier[line.id] for line in wanted if line.id in earlier))
             if max_cost is not None:
                 await budget.refuse_or_estimate(todo, client)
-            batch = _Batch(
-                manifest,
-                earlier,
-                budget,
-                save_to=save_to,
-                credentials=credentials,
-                timeout_seconds=timeout_seconds,
-                schedule=poll,
-                resubmit_uncertain=resubmit_uncertain,
-                progress=_Progress(artifact_key, len(wanted), len(wanted) - len(todo)),
-            )
-            rows = {**earlier, **await batch.run(todo, max_in_flight)}
+            if shards > 1 and shard is None and todo:
+                shares = _shares(wanted, {line.id for line in todo}, earlier, shards)
+                states = await run_shards(
+                    {
+                        number: {
+                            "lines": _anywhere(lines) if isinstance(lines, str) else lines,
+                            "model": model,
+                            "voice": voice,
+                            "options": options,
+                            "save_to": _anywhere(save_to),
+                            "credentials": credentials_for_workers(credentials),
+                            "timeout_seconds": timeout_seconds,
+                            "poll": poll.model_dump(),
+                            "max_in_flight": max(1, max_in_flight // len(shares)),
+                            "requests_per_second": requests_per_second / len(shares),
+                            "max_cost": None if max_cost is None else str(share.of(max_cost - budget.spent)),
+                            "resubmit_uncertain": resubmit_uncertain,
+                            "artifact_key": artifact_key,
+                            "shards": shards,
+                            "shard": number,
+                        }
+                        for number, share in shares.items()
+                    },
+                    shard_deployment,
+                )
+                rows = await manifest.gather()
+                rows |= {row.id: row for row in _untold(wanted, rows, states, shards)}
+                may_go_better = True
+            else:
+                batch = _Batch(
+                    manifest,
+                    earlier,
+                    budget,
+                    save_to=save_to,
+                    credentials=credentials,
+                    timeout_seconds=timeout_seconds,
+                    schedule=poll,
+                    resubmit_uncertain=resubmit_uncertain,
+                    progress=_Progress(artifact_key, len(wanted), len(wanted) - len(todo)),
+                )
+                rows = {**earlier, **await batch.run(todo, max_in_flight)}
+                may_go_better = batch.may_go_better
         result = [rows[line.id] for line in wanted]
         await _show(artifact_key, result)
         if all(row.is_completed for row in result):
             return result
-        return cast(list[ManifestRow], await failed(_partial(result), final=not batch.may_go_better))
+        return cast(list[ManifestRow], await failed(_partial(result), final=not may_go_better))
     except BatchPartial:
         raise
     except NanoGPTError as error:
@@ -191,12 +236,58 @@ def _charged(rows: Iterable[ManifestRow]) -> Decimal:
     return sum((row.cost for row in rows if row.cost is not None), Decimal(0))
 
 
+class _Share(NamedTuple):
+    """What a shard has of the whole: what its lines have cost so far, and its part of the characters still to say."""
+
+    spent: Decimal
+    part: Decimal
+
+    def of(self, left: Decimal) -> Decimal:
+        """Give the limit of the shard's cost, where so much is left for all."""
+        return self.spent + left * self.part
+
+
+def _shares(wanted: list[Line], todo: set[str], earlier: Mapping[str, ManifestRow], shards: int) -> dict[int, _Share]:
+    """Give the share of each shard that has something to do."""
+    characters: Counter[int] = Counter()
+    for index, line in enumerate(wanted):
+        if line.id in todo:
+            characters[index % shards + 1] += len(line.request.text)
+    return {
+        number: _Share(
+            _charged(earlier[line.id] for line in wanted[number - 1 :: shards] if line.id in earlier),
+            Decimal(characters[number]) / characters.total(),
+        )
+        for number in sorted(characters)
+    }
+
+
+def _untold(
+    wanted: list[Line], rows: Mapping[str, ManifestRow], states: Mapping[int, State[Any]], shards: int
+) -> Iterator[ManifestRow]:
+    """Give a row to each line that its shard has not come to."""
+    for index, line in enumerate(wanted):
+        request = fingerprint(line.request)
+        row = rows.get(line.id)
+        if row is not None and row.request == request:
+            continue
+        number = index % shards + 1
+        state = states.get(number)
+        detail = f"Shard {number} ended as {state.name}: {state.message}" if state else None
+        yield ManifestRow(id=line.id, outcome=NOT_SUBMITTED, detail=detail, request=request)
+
+
+def _anywhere(place: str) -> str:
+    """Make a path absolute: a shard's process runs in another folder."""
+    return place if "://" in place or place.startswith(BLOCK) else str(Path(place).absolute())
+
+
 class _Budget:
     """What the whole batch may cost, and what of it is spent or promised."""
 
     def __init__(self, limit: Decimal | None, spent: Decimal) -> None:
         self._limit = limit
-        self._spent = spent
+        self.spent = spent
         self._prices: dict[str, Decimal | None] = {}
 
     async def refuse_or_estimate(self, lines: list[Line], client: NanoGPTClient) -> None:
@@ -211,10 +302,10 @@ class _Budget:
             self._prices[model] = found.usd_per_thousand_chars if found else None
             if self._prices[model] is None:
                 logger.info("The catalogue has no price per character for %s, so its cost is known afterwards.", model)
-        whole = self._spent + sum(map(self._price, lines))
+        whole = self.spent + sum(map(self._price, lines))
         if self._limit is not None and whole > self._limit:
             raise ProviderError(
-                f"The batch costs {whole:f} USD by the provider's catalogue, {self._spent:f} USD of which are spent; "
+                f"The batch costs {whole:f} USD by the provider's catalogue, {self.spent:f} USD of which are spent; "
                 f"that is more than max_cost={self._limit}. Nothing was submitted.",
                 code=COST_LIMIT_EXCEEDED,
             )
@@ -225,14 +316,14 @@ class _Budget:
     def promise(self, line: Line) -> Decimal | None:
         """Set the price of a line aside; None where that is more than there is left."""
         price = self._price(line)
-        if self._limit is not None and (self._spent + price > self._limit or self._spent >= self._limit):
+        if self._limit is not None and (self.spent + price > self._limit or self.spent >= self._limit):
             return None
-        self._spent += price
+        self.spent += price
         return price
 
     def settle(self, promised: Decimal, cost: Decimal | None) -> None:
         """Put what was charged in the place of what was set aside."""
-        self._spent += (cost or Decimal(0)) - promised
+        self.spent += (cost or Decimal(0)) - promised
 
 
 class _Batch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
@@ -16,7 +17,7 @@ from prefect_nanogpt.errors import NanoGPTError
 from prefect_nanogpt.models import Ticket, TTSRequest
 from prefect_nanogpt.storage import Destination, file_stem
 
-__all__ = ["FILE_NAME", "Line", "Manifest", "ManifestRow", "read_lines"]
+__all__ = ["FILE_NAME", "Line", "Manifest", "ManifestRow", "Shard", "read_lines"]
 
 FILE_NAME: Final = "manifest.jsonl"
 COMPLETED: Final = "completed"
@@ -180,21 +181,32 @@ def _json_rows(file: Iterable[str]) -> Iterator[tuple[str, Mapping[str, Any] | s
             yield f"line {number}", fields if isinstance(fields, dict) else "not an object with an id and a text"
 
 
+class Shard(NamedTuple):
+    """A part of a batch: every so manieth line, beginning with the line of its number, which counts from 1."""
+
+    number: int
+    of: int
+
+
 class Manifest:
     """The file `manifest.jsonl` beside the audio: a row for each line that came to an end, the last one counts.
 
+    A shard writes a file of its own, since two processes cannot write the same one.
+
     Args:
         destination: The folder of the audio.
+        shard: The shard that writes it; None for the whole batch.
     """
 
-    def __init__(self, destination: Destination) -> None:
+    def __init__(self, destination: Destination, shard: Shard | None = None) -> None:
         self._destination = destination
+        self._name = f"manifest-{shard.number}-of-{shard.of}.jsonl" if shard else FILE_NAME
         self._rows: dict[str, ManifestRow] = {}
         self._written = time.monotonic()
 
     @property
     def location(self) -> str:
-        """The path or URL of the manifest, known once it was read."""
+        """The path or URL of the manifest of the whole batch, known once it was read."""
         return self._destination.location_of(FILE_NAME)
 
     async def read(self) -> dict[str, ManifestRow]:
@@ -204,16 +216,38 @@ class Manifest:
             StorageError: The manifest cannot be read, or the folder cannot be written.
         """
         await self._destination.check()
-        text = await self._destination.read_text(FILE_NAME) or ""
-        for line in text.split("\n"):
+        self._rows = await self._read(self._name)
+        if self._rows:
+            await self.write()
+        if self._name == FILE_NAME:
+            return dict(self._rows)
+        return {**await self._read(FILE_NAME), **self._rows}
+
+    async def gather(self) -> dict[str, ManifestRow]:
+        """Take the rows of all shards into this manifest, remove theirs, and give all rows, by id.
+
+        Raises:
+            StorageError: A manifest cannot be read, written or removed.
+        """
+        names = [location.rpartition("/")[2] for location in await self._destination.sizes()]
+        parts = sorted(name for name in names if re.fullmatch(r"manifest-\d+-of-\d+\.jsonl", name))
+        for name in parts:
+            self._rows |= await self._read(name)
+        if parts:
+            await self.write()
+        for name in parts:
+            await self._destination.remove(name)
+        return dict(self._rows)
+
+    async def _read(self, name: str) -> dict[str, ManifestRow]:
+        rows = {}
+        for line in (await self._destination.read_text(name) or "").split("\n"):
             try:
                 row = ManifestRow.model_validate_json(line)
             except ValidationError:
                 continue
-            self._rows[row.id] = row
-        if text:
-            await self.write()
-        return dict(self._rows)
+            rows[row.id] = row
+        return rows
 
     async def add(self, row: ManifestRow) -> None:
         """Keep a row: at once in a local folder, and within seconds in a bucket.
@@ -223,7 +257,7 @@ class Manifest:
         """
         self._rows[row.id] = row
         if self._destination.is_local:
-            await self._destination.append_text(FILE_NAME, _as_json(row))
+            await self._destination.append_text(self._name, _as_json(row))
         elif time.monotonic() - self._written > REWRITE_SECONDS:
             await self.write()
 
@@ -234,7 +268,7 @@ class Manifest:
             StorageError: It cannot be written.
         """
         self._written = time.monotonic()
-        await self._destination.write_text(FILE_NAME, "".join(map(_as_json, self._rows.values())))
+        await self._destination.write_text(self._name, "".join(map(_as_json, self._rows.values())))
 
 
 def _as_json(row: ManifestRow) -> str:

@@ -29,7 +29,7 @@ try:
 except ImportError:  # Windows, which refuses by itself to delete a file that is open
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Destination", "container_of", "file_stem", "is_intact"]
+__all__ = ["BLOCK", "Destination", "container_of", "file_stem", "is_intact"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -44,7 +44,7 @@ CONTENT_TYPES: Final = {
 }
 # An upload to these shows under its name only once it is whole. Elsewhere it goes to another name first.
 _BUCKETS: Final = frozenset({"s3", "gs", "abfs", "memory"})
-_BLOCK: Final = "remote-file-system/"
+BLOCK: Final = "remote-file-system/"
 _HEAD_BYTES: Final = 12
 _BLOCK_BYTES: Final = 1024**2
 _PART: Final = ".part"
@@ -138,7 +138,7 @@ class Destination:
             raise StorageError("save_to is empty: give a folder or a URL such as s3://bucket/speech.")
         self._save_to = save_to
         # A block is loaded when it is needed, in a thread, because that asks the Prefect server.
-        self.is_local = not save_to.startswith(_BLOCK) and isinstance(self._fs, LocalFileSystem)
+        self.is_local = not save_to.startswith(BLOCK) and isinstance(self._fs, LocalFileSystem)
 
     async def check(self) -> None:
         """Make sure that a local folder exists and can be written, or that a bucket exists and can be read.
@@ -263,6 +263,14 @@ class Destination:
         """
         await self._in_thread(self._write_text, name, text)
 
+    async def remove(self, name: str) -> None:
+        """Remove a file from here.
+
+        Raises:
+            StorageError: It cannot be removed.
+        """
+        await self._in_thread(lambda: self._fs.rm_file(f"{self._root}/{name}"))
+
     def _sizes(self) -> dict[str, int]:
         self._fs.invalidate_cache()
         try:
@@ -343,11 +351,11 @@ class Destination:
     def _place(self) -> tuple[Any, str]:
         url, settings = self._save_to, {}
         try:
-            if url.startswith(_BLOCK):
+            if url.startswith(BLOCK):
                 from prefect.filesystems import RemoteFileSystem
 
                 # In a thread there is no loop to await in, but the flow's context may still say so.
-                block: Any = RemoteFileSystem.load(url.removeprefix(_BLOCK), _sync=True)  # type: ignore[call-arg]
+                block: Any = RemoteFileSystem.load(url.removeprefix(BLOCK), _sync=True)  # type: ignore[call-arg]
                 url, settings = block.basepath, block.settings
             return fsspec.core.url_to_fs(url, **settings)  # type: ignore[no-any-return]
         except (ImportError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Runs `text_to_speech_batch` in a process of its own: python -m tests.batching LINES SAVE_TO"""
+"""Runs `text_to_speech_batch` in a process of its own: python -m tests.batching LINES SAVE_TO [SHARDS]"""
 
 import asyncio
 import sys
@@ -13,6 +13,7 @@ if __name__ == "__main__":
             save_to=sys.argv[2],
             poll=PollSchedule(min_seconds=0.5, max_seconds=0.5),
             requests_per_second=25,
+            shards=int(sys.argv[3]) if len(sys.argv) > 3 else 1,
             return_state=True,
         )
     )

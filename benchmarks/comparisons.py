@@ -114,7 +114,7 @@ def compare_jobs(count: int, rounds: int) -> Comparison:
     runs: dict[str, list[dict[str, Any]]] = {"batch": [], "obvious": []}
     for _ in range(rounds):
         for name, found in runs.items():
-            found.append(_jobs(f"benchmarks.{name}", count, tracked=name == "batch"))
+            found.append(_jobs(f"benchmarks.{name}", count, tracked=name == "batch", settle=False))
     figures = {name: {key: median(run[key] for run in found) for key in found[0]} for name, found in runs.items()}
 
     def ratio(key: str) -> float:
@@ -151,9 +151,9 @@ def compare_jobs(count: int, rounds: int) -> Comparison:
     )
 
 
-def compare_plain(count: int, batch: dict[str, Any]) -> Comparison:
+def compare_plain(count: int) -> Comparison:
     """Compare the batch with doing it plainly in Prefect."""
-    plain = _jobs("benchmarks.plain", count, tracked=True)
+    batch, plain = (_jobs(f"benchmarks.{name}", count, tracked=True) for name in ("batch", "plain"))
     sides = {"`text_to_speech_batch`": batch, "plainly: a task run for each look": plain}
     return Comparison(
         "Against doing it plainly in Prefect",
@@ -174,7 +174,7 @@ def compare_plain(count: int, batch: dict[str, Any]) -> Comparison:
             for name, of in sides.items()
         ],
         [Target("rows written, against a task run for each look", batch["rows"] / plain["rows"], 0.25)],
-        plain,
+        {"batch": batch, "plain": plain},
     )
 
 
@@ -320,7 +320,7 @@ COUNT, QUICK_COUNT, ROUNDS = 1_000, 30, 3
 ALL: dict[str, Callable[[bool, dict[str, Any]], Comparison | None]] = {
     "polling": lambda quick, _: compare_polling(),
     "jobs": lambda quick, _: compare_jobs(QUICK_COUNT, 1) if quick else compare_jobs(COUNT, ROUNDS),
-    "plain": lambda quick, known: None if quick else compare_plain(COUNT, _jobs_of(known)),
+    "plain": lambda quick, _: None if quick else compare_plain(COUNT),
     "one_job": lambda quick, _: None if quick else compare_one_job(rounds=7),
     "imports": lambda quick, _: compare_imports(1 if quick else 7),
     "growth": lambda quick, known: None if quick else compare_growth([10, 100, 5_000], {COUNT: _jobs_of(known)}),

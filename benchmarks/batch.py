@@ -1,7 +1,7 @@
 """The same jobs through `text_to_speech_batch`.
 
-The script it is compared with knows no rate limit, so it goes without its own: with it, twenty requests a second are all
-that either could make.
+The script it is compared with knows no rate limit, so it goes without its own: with it, twenty requests a second are
+all that either could make.
 
 python -m benchmarks.batch COUNT FOLDER
 """

@@ -63,9 +63,9 @@ def compare_polling() -> Comparison:
         "Polling",
         f"{polling.JOBS} jobs whose durations are log-uniform from 1 to 180 s, on a virtual clock, through the real "
         "schedule. `text_to_speech` knows that its job is new and first looks after a pause; `wait_for_tts` does not "
-        "and looks at once, as the loops do. The delay is the time from a job's end to the look that sees it; relative, "
-        "as a share of the job's duration. The last two rows are not ways that exist: they are what a prediction of the "
-        "duration would be worth.",
+        "and looks at once, as the loops do. The delay is the time from a job's end to the look that sees it; "
+        "relative, as a share of the job's duration. The last two rows are not ways that exist: they are what a "
+        "prediction of the duration would be worth.",
         ["", "calls a job", "mean delay, s", "mean relative delay"],
         [
             [name, f"{cost.calls:.1f}", f"{cost.delay:.2f}", f"{100 * cost.relative_delay:.1f} %"]
@@ -123,8 +123,8 @@ def compare_jobs(count: int, rounds: int) -> Comparison:
     names = {"batch": "`text_to_speech_batch`, tracked in Prefect", "obvious": "the obvious script"}
     return Comparison(
         f"{count:,} jobs at once".replace(",", " "),
-        "Durations uniform from 2 to 20 s. On the one side `text_to_speech_batch`, with its retries, checks, ledger and "
-        "three task runs a line, on a Prefect server with SQLite; on the other a script of thirty lines "
+        "Durations uniform from 2 to 20 s. On the one side `text_to_speech_batch`, with its retries, checks, ledger "
+        "and three task runs a line, on a Prefect server with SQLite; on the other a script of thirty lines "
         "(`benchmarks/obvious.py`): `asyncio.gather`, one httpx client with 100 connections, a look every three "
         "seconds. Neither keeps to a rate limit here. Time and memory are of the whole client process, imports "
         f"included; provider and server run beside it on the same machine. Medians of {rounds} rounds in turn.",
@@ -158,8 +158,8 @@ def compare_plain(count: int) -> Comparison:
     return Comparison(
         "Against doing it plainly in Prefect",
         f"The same {count} jobs in a flow with a task for each step and a task run for each look, every three seconds "
-        "(`benchmarks/plain.py`). Rows are those of all tables of the server's database, events and logs included, once "
-        "all has been written; requests are those that the server answered; events and logs travel on a websocket "
+        "(`benchmarks/plain.py`). Rows are those of all tables of the server's database, events and logs included, "
+        "once all has been written; requests are those that the server answered; events and logs travel on a websocket "
         "beside them.",
         ["", "rows a job", "API requests a job", "server CPU, s", "client CPU, s", "wall, s"],
         [
@@ -190,8 +190,8 @@ def compare_growth(counts: list[int], known: dict[int, dict[str, Any]]) -> Compa
     base = measured_from[0]
     return Comparison(
         "Growth",
-        "The same batch with more lines, all at once. CPU and peak memory are of the client process, above one that only "
-        f"imports the flows ({start['cpu_seconds']:.1f} s and {start['peak_mb']:.0f} MB).",
+        "The same batch with more lines, all at once. CPU and peak memory are of the client process, above one that "
+        f"only imports the flows ({start['cpu_seconds']:.1f} s and {start['peak_mb']:.0f} MB).",
         ["jobs", "wall, s", "CPU a job, ms", "memory a job, kB", "peak memory, MB"],
         [
             [
@@ -279,8 +279,8 @@ def compare_large_file(megabytes: int, rounds: int) -> Comparison:
     memory = median(run["above_idle_mb"] for run in found)
     return Comparison(
         "A large file",
-        f"A WAV file of {megabytes} MB from the sandbox to disk: `save_audio`, which hashes and checks it and waits for "
-        f"the disk, against `curl`, which does not. Medians of {rounds} rounds in turn.",
+        f"A WAV file of {megabytes} MB from the sandbox to disk: `save_audio`, which hashes and checks it and waits "
+        f"for the disk, against `curl`, which does not. Medians of {rounds} rounds in turn.",
         ["", "MB/s", "memory above idle, MB"],
         [["`save_audio`", f"{speed:.0f}", f"{memory:.1f}"], ["`curl`", f"{curl:.0f}", ""]],
         [

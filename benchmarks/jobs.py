@@ -15,7 +15,7 @@ def uniform(count: int, low: float = 2.0, high: float = 20.0) -> list[float]:
 
 
 def log_uniform(count: int, low: float = 1.0, high: float = 180.0) -> list[float]:
-    """Draw durations in seconds of which only the order of magnitude is known: as many from 1 to 2 as from 50 to 100."""
+    """Draw durations in seconds of which only the order of magnitude is known: as many from 1 to 2 as from 9 to 18."""
     rng = random.Random(SEED)
     return [math.exp(rng.uniform(math.log(low), math.log(high))) for _ in range(count)]
 

@@ -25,11 +25,12 @@ def write(results: dict[str, Any]) -> None:
     targets = [Target(**target) for result in results.values() for target in result["targets"]]
     parts = [
         "# Performance",
-        "Made by `make bench` from [performance.json](performance.json), which has every single figure; not to be edited. "
-        "`make bench-quick` gives an idea in under a minute.",
-        f"The machine: {machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB, shared with others; "
-        f"Python {machine['python']}, Prefect {machine['prefect']}, httpx {machine['httpx']}. Provider (the sandbox), "
-        "Prefect server and client run on it side by side, so absolute times say little elsewhere. Compare the ratios.",
+        "Made by `make bench` from [performance.json](performance.json), which has every single figure; not to be "
+        "edited. `make bench-quick` gives an idea in two minutes.",
+        f"The machine: {machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB, shared with "
+        f"others; Python {machine['python']}, Prefect {machine['prefect']}, httpx {machine['httpx']}. Provider (the "
+        "sandbox), Prefect server and client run on it side by side, so absolute times say little elsewhere. "
+        "Compare the ratios.",
         "## Targets",
         _table(
             ["what", "to reach", "measured", ""],

@@ -154,9 +154,7 @@ def measured(command: list[str], environment: dict[str, str] | None = None) -> R
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.monotonic()
     # One at a time is waited for, so what the children took more is what this one took.
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False
-    )
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     wall = time.monotonic() - start
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if result.returncode != 0:

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -20,10 +21,11 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey, Fl
 from prefect_nanogpt import NanoGPTCredentials
 from prefect_nanogpt.errors import BatchPartial, NanoGPTError
 from prefect_nanogpt.flows import text_to_speech_batch
-from prefect_nanogpt.manifest import ManifestRow, read_lines
-from prefect_nanogpt.models import PollSchedule
+from prefect_nanogpt.flows.batch import _shares as shares_of
+from prefect_nanogpt.manifest import Line, ManifestRow, read_lines
+from prefect_nanogpt.models import PollSchedule, TTSRequest
 from prefect_nanogpt.sandbox import Accept, Answer, Cut, Sandbox
-from tests.conftest import start
+from tests.conftest import API_KEY, start
 
 
 def lines_of(count: int, text: str = "Line {} of many.") -> list[dict[str, Any]]:
@@ -259,6 +261,59 @@ async def test_an_uncertain_line_is_not_paid_for_twice(batch: dict[str, Any], sa
     assert len(sandbox.requests("submit")) == 2
     await text_to_speech_batch(lines_of(2), **batch, resubmit_uncertain=True)
     assert len(sandbox.requests("submit")) == 3
+
+
+class TestShards:
+    """What needs no workers; with workers, see test_scale_out.py."""
+
+    async def test_a_key_that_no_worker_could_load_is_refused(self, batch: dict[str, Any], sandbox: Sandbox) -> None:
+        with pytest.raises(NanoGPTError, match="CREDENTIALS_NOT_SAVED"):
+            await text_to_speech_batch(lines_of(4), **batch, shards=2)
+        assert sandbox.requests() == []
+
+    async def test_a_deployment_that_is_not_there_is_named(
+        self, batch: dict[str, Any], sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("NANOGPT_API_KEY", API_KEY)
+        monkeypatch.setenv("NANOGPT_BASE_URL", sandbox.base_url)
+        with pytest.raises(NanoGPTError, match="DEPLOYMENT_NOT_FOUND: There is no deployment no/where"):
+            await text_to_speech_batch(
+                lines_of(4), **{**batch, "credentials": None}, shards=2, shard_deployment="no/where"
+            )
+        assert sandbox.requests() == []
+
+    async def test_a_shard_does_its_own_lines_and_the_whole_gathers_them(
+        self, batch: dict[str, Any], save_to: str, sandbox: Sandbox
+    ) -> None:
+        lines = lines_of(5)
+        rows = await text_to_speech_batch(lines, **batch, shards=2, shard=2)
+        assert [row.id for row in rows] == ["line-001", "line-003"]
+        assert (Path(save_to) / "manifest-2-of-2.jsonl").exists()
+
+        rows = await text_to_speech_batch(lines, **batch)
+
+        assert [row.id for row in rows] == [line["id"] for line in lines]
+        assert manifest_in(save_to).keys() == {line["id"] for line in lines}
+        assert len(sandbox.ledger.charges) == 5
+        assert list(Path(save_to).glob("manifest-*")) == []
+
+    async def test_a_line_that_was_paid_for_in_a_shard_is_not_paid_for_in_another(
+        self, batch: dict[str, Any], sandbox: Sandbox
+    ) -> None:
+        lines = lines_of(4)
+        sandbox.on_audio(None, itertools.repeat(Answer(404)))
+        await partial(lines=lines, **batch, shards=2, shard=1)
+        sandbox.on_audio(None, [None])
+        await partial(lines=lines, **batch, shards=4, shard=3)
+        assert len(sandbox.ledger.charges) == 2
+
+    def test_the_shares_of_the_cost_limit_add_up_to_it(self) -> None:
+        lines = [Line(str(number), TTSRequest(text="x" * (number + 1))) for number in range(10)]
+        spent = {"0": ManifestRow(id="0", outcome="completed", cost=Decimal(3), request="")}
+        shares = shares_of(lines, {line.id for line in lines[1:]}, spent, 3)
+        assert list(shares) == [1, 2, 3]
+        assert shares[1].spent == 3
+        assert sum(share.of(Decimal(6)) for share in shares.values()) == pytest.approx(Decimal(9))
 
 
 def started(file: Path, save_to: str, sandbox: Sandbox) -> subprocess.Popen[bytes]:

@@ -165,10 +165,8 @@ def stack(tmp_path: Path) -> Iterator[Stack]:
     assert REDIS
     stack = Stack(tmp_path)
     project = tmp_path / "project"
-    project.mkdir()
-    for name in ("setup.sh", "lost-worker.yaml"):
-        shutil.copy(EXAMPLE / name, project)
-    watch = project / "lost-worker.yaml"
+    shutil.copytree(EXAMPLE, project / "examples" / "scale-out")
+    watch = project / "examples" / "scale-out" / "lost-worker.yaml"
     watch.write_text(watch.read_text().replace("within: 90", f"within: {LOST_AFTER_SECONDS}"))
     shutil.copy(ROOT / "prefect.yaml", project)
     shutil.copytree(ROOT / "flows", project / "flows", ignore=shutil.ignore_patterns("__pycache__"))

@@ -223,7 +223,8 @@ async def speak(
             submission, ticket = ticket, None
         else:
             async with gate:
-                state = await submit_tts(
+                # Prefect's types do not know that an asynchronous task gives its state asynchronously too.
+                call: Any = submit_tts(
                     request,
                     credentials,
                     max_cost=max_cost,
@@ -232,10 +233,11 @@ async def speak(
                     idempotency_key=idempotency_key,
                     return_state=True,
                 )
+                state = await call
             submission = await state.aresult()
             is_new = state.name != "Cached"
         if not isinstance(submission, Ticket):
-            return cast(AudioFile, await save_audio(submission, name=name, save_to=save_to, credentials=credentials))
+            return await save_audio(submission, name=name, save_to=save_to, credentials=credentials)
         try:
             return await fetch(submission, is_new)
         except ContentPolicyViolation:

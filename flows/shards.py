@@ -10,6 +10,7 @@ from uuid import UUID
 
 import anyio
 import httpx
+from prefect import State
 from prefect.client.orchestration import get_client
 from prefect.client.schemas import FlowRun
 from prefect.deployments import arun_deployment
@@ -17,7 +18,7 @@ from prefect.exceptions import ObjectNotFound, TerminationSignal
 from prefect.logging import get_run_logger
 from prefect.runtime import deployment as this_deployment
 from prefect.runtime import flow_run as this_flow_run
-from prefect.states import Cancelling, State
+from prefect.states import Cancelling
 
 from prefect_nanogpt.credentials import NanoGPTCredentials
 from prefect_nanogpt.errors import NanoGPTError

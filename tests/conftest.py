@@ -86,8 +86,8 @@ def no_retry_delays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delays, [0.01] * len(status.RETRY_DELAYS_SECONDS))
 
 
-def start(module: str, *arguments: str, sandbox: Sandbox) -> subprocess.Popen[bytes]:
-    """Start a module of the tests in a process of its own, with the same server and this sandbox."""
+def start(module: str, *arguments: str, sandbox: Sandbox, **environment: str) -> subprocess.Popen[bytes]:
+    """Start a module of the tests in a process of its own, with the same server, unless told, and this sandbox."""
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         cwd=Path(__file__).parent.parent,
@@ -96,6 +96,7 @@ def start(module: str, *arguments: str, sandbox: Sandbox) -> subprocess.Popen[by
             "PREFECT_API_URL": PREFECT_API_URL.value(),
             "NANOGPT_API_KEY": API_KEY,
             "NANOGPT_BASE_URL": sandbox.base_url,
+            **environment,
         },
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -1,5 +1,6 @@
 """Many lines: each checked first, each on its own, each paid for once."""
 
+import asyncio
 import csv
 import hashlib
 import itertools
@@ -7,16 +8,28 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
+import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey, FlowRunFilter, TaskRunFilter
+from prefect.client.schemas import FlowRun
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterKey,
+    DeploymentFilter,
+    DeploymentFilterId,
+    FlowRunFilter,
+    TaskRunFilter,
+)
 
 from prefect_nanogpt import NanoGPTCredentials
 from prefect_nanogpt.errors import BatchPartial, NanoGPTError
@@ -25,7 +38,7 @@ from prefect_nanogpt.flows.batch import _shares as shares_of
 from prefect_nanogpt.manifest import Line, ManifestRow, read_lines
 from prefect_nanogpt.models import PollSchedule, TTSRequest
 from prefect_nanogpt.sandbox import Accept, Answer, Cut, Sandbox
-from tests.conftest import API_KEY, start
+from tests.conftest import API_KEY, eventually, start
 
 
 def lines_of(count: int, text: str = "Line {} of many.") -> list[dict[str, Any]]:
@@ -307,6 +320,46 @@ class TestShards:
         await partial(lines=lines, **batch, shards=4, shard=3)
         assert len(sandbox.ledger.charges) == 2
 
+    async def test_shards_are_told_their_share_and_no_key_and_are_stopped_with_the_whole(
+        self, batch: dict[str, Any], sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("NANOGPT_API_KEY", API_KEY)
+        monkeypatch.setenv("NANOGPT_BASE_URL", sandbox.base_url)
+        async with get_client() as client:
+            flow_id = await client.create_flow(text_to_speech_batch)
+            deployment = await client.create_deployment(flow_id, "idle")
+            whole = asyncio.create_task(
+                text_to_speech_batch(
+                    lines_of(4),
+                    **{**batch, "credentials": None, "requests_per_second": 10.0},
+                    max_in_flight=8,
+                    max_cost=Decimal(2),
+                    shards=2,
+                    shard_deployment="text-to-speech-batch/idle",
+                )
+            )
+
+            async def shards() -> list[FlowRun]:
+                found = DeploymentFilter(id=DeploymentFilterId(any_=[deployment]))
+                return await client.read_flow_runs(deployment_filter=found)
+
+            async def both() -> list[FlowRun] | None:
+                runs = await shards()
+                return runs if len(runs) == 2 else None
+
+            runs = sorted(await eventually(both), key=lambda run: run.parameters["shard"])
+            whole.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await whole
+            stopped = {run.state_name for run in await shards()}
+
+        assert stopped <= {"Cancelling", "Cancelled"}
+        assert [run.parameters["shard"] for run in runs] == [1, 2]
+        for run in runs:
+            assert (run.parameters["max_in_flight"], run.parameters["requests_per_second"]) == (4, 5.0)
+            assert Decimal(run.parameters["max_cost"]) == 1
+            assert API_KEY not in str(run.parameters)
+
     def test_the_shares_of_the_cost_limit_add_up_to_it(self) -> None:
         lines = [Line(str(number), TTSRequest(text="x" * (number + 1))) for number in range(10)]
         spent = {"0": ManifestRow(id="0", outcome="completed", cost=Decimal(3), request="")}
@@ -358,6 +411,62 @@ def test_two_hundred_lines_with_a_kill_in_the_middle(tmp_path: Path, save_to: st
 
         assert outcomes_once_paid(save_to, sandbox) == {"completed": 180, "CONTENT_POLICY_VIOLATION": 20}
         assert len(sandbox.ledger.charges) == 200
+
+
+def serve_prefect(home: Path, port: int) -> subprocess.Popen[bytes]:
+    """Start a Prefect server with its database in `home`, and wait until it answers."""
+    command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
+    server = subprocess.Popen(
+        [*command, "--host", "127.0.0.1", "--port", str(port)],
+        env={**os.environ, "PREFECT_HOME": str(home)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            httpx.get(f"http://127.0.0.1:{port}/api/health").raise_for_status()
+            return server
+        except httpx.HTTPError:
+            assert time.monotonic() < deadline, "the Prefect server does not start"
+            time.sleep(0.3)
+
+
+@pytest.mark.timeout(420)
+def test_an_outage_of_the_provider_and_a_restart_of_the_prefect_server(tmp_path: Path, save_to: str) -> None:
+    file = table(tmp_path / "lines.csv", 40)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def down_for_a_minute() -> Iterator[Answer]:
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            yield Answer(503)
+
+    server = serve_prefect(tmp_path / "server", port)
+    try:
+        with Sandbox(job_seconds=2.0, speak=False) as sandbox:
+            sandbox.on_status(None, down_for_a_minute())
+            process = start(
+                "tests.batching",
+                str(file),
+                save_to,
+                sandbox=sandbox,
+                PREFECT_API_URL=f"http://127.0.0.1:{port}/api",
+            )
+            sandbox.wait_for_request("submit", count=40, timeout=120)
+            server.terminate()
+            server.wait()
+            server = serve_prefect(tmp_path / "server", port)
+
+            assert process.wait(timeout=240) == 0
+
+            assert outcomes_once_paid(save_to, sandbox) == {"completed": 36, "CONTENT_POLICY_VIOLATION": 4}
+            assert len(sandbox.ledger.charges) == 40
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def test_kills_at_random_moments(tmp_path: Path, save_to: str, sandbox: Sandbox) -> None:

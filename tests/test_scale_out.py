@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -137,18 +138,13 @@ class Stack:
         return httpx.post(f"http://127.0.0.1:{self.server_port}/api{path}", json=body).raise_for_status().json()
 
 
-def start_postgres(stack: Stack) -> None:
+def start_postgres(stack: Stack, data: Path) -> None:
     assert POSTGRES
-    data = stack.folder / "postgres"
-    data.mkdir()
     # Postgres refuses to run as root, who can become the user that its package made.
     user = pwd.getpwnam("postgres") if os.getuid() == 0 else None
     options: dict[str, Any] = {"user": user.pw_uid, "group": user.pw_gid} if user else {}
     if user:
         os.chown(data, user.pw_uid, user.pw_gid)
-        for parent in (stack.folder, *stack.folder.parents):
-            if parent != Path("/"):
-                parent.chmod(parent.stat().st_mode | 0o011)
     quiet = {"stdout": subprocess.DEVNULL, "check": True, **options}
     subprocess.run([POSTGRES / "initdb", "-D", data, "--username=prefect", "--auth=trust"], cwd=data, **quiet)
     address = ["-h", "127.0.0.1", "-p", str(stack.postgres_port)]
@@ -171,8 +167,10 @@ def stack(tmp_path: Path) -> Iterator[Stack]:
     shutil.copy(ROOT / "prefect.yaml", project)
     shutil.copytree(ROOT / "flows", project / "flows", ignore=shutil.ignore_patterns("__pycache__"))
     with ExitStack() as cleanup:
+        # Not in tmp_path, where only this user may look.
+        data = cleanup.enter_context(TemporaryDirectory(prefix="postgres-", ignore_cleanup_errors=True))
         cleanup.callback(lambda: [stack.kill(process) for process in stack.processes if process.poll() is None])
-        start_postgres(stack)
+        start_postgres(stack, Path(data))
         stack.start_process([REDIS, "--port", str(stack.redis_port), "--save", "", "--dir", str(tmp_path)])
         stack.start("server", "--port", str(stack.server_port))
         wait_for(f"http://127.0.0.1:{stack.server_port}/api/health")

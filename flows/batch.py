@@ -155,6 +155,8 @@ async def text_to_speech_batch(
         defaults = {"model": model, "voice": voice, **(options or {})}
         wanted = await asyncio.to_thread(read_lines, lines, defaults)
         if shard is not None:
+            if shard > shards:
+                raise NanoGPTError(f"There is no shard {shard} of {shards}.", code="INVALID_REQUEST")
             wanted = wanted[shard - 1 :: shards]
         destination = Destination(save_to)
         manifest = Manifest(destination, Shard(shard, shards) if shard is not None else None)

@@ -284,6 +284,11 @@ class TestShards:
             await text_to_speech_batch(lines_of(4), **batch, shards=2)
         assert sandbox.requests() == []
 
+    async def test_a_shard_beyond_the_last_is_refused(self, batch: dict[str, Any], sandbox: Sandbox) -> None:
+        with pytest.raises(NanoGPTError, match="INVALID_REQUEST: There is no shard 3 of 2"):
+            await text_to_speech_batch(lines_of(4), **batch, shards=2, shard=3)
+        assert sandbox.requests() == []
+
     async def test_a_deployment_that_is_not_there_is_named(
         self, batch: dict[str, Any], sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -58,6 +58,7 @@ def main() -> None:
         show(comparison)
         if not arguments.quick:
             results[name] = {**asdict(comparison), "machine": this_machine()}
+            results = {name: results[name] for name in comparisons.ALL if name in results}
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
             report.write(results)
 

@@ -145,7 +145,7 @@ def compare_jobs(count: int, rounds: int) -> Comparison:
             Target("CPU time of the client, against the script", ratio("cpu_seconds"), 1.0),
             Target("p95 delay, against the script", ratio("p95_delay"), 1.0),
             Target("wall time, against the script", ratio("wall_seconds"), 1.2),
-            Target("peak memory", figures["batch"]["peak_mb"], 250, "MB"),
+            Target("peak memory of a thousand jobs", figures["batch"]["peak_mb"], 250, "MB"),
         ],
         runs,
     )
@@ -284,9 +284,9 @@ def compare_large_file(megabytes: int, rounds: int) -> Comparison:
         ["", "MB/s", "memory above idle, MB"],
         [["`save_audio`", f"{speed:.0f}", f"{memory:.1f}"], ["`curl`", f"{curl:.0f}", ""]],
         [
-            Target("memory above idle", memory, 30, "MB"),
+            Target("memory above idle, saving a large file", memory, 30, "MB"),
             Target(
-                "throughput, against curl",
+                "throughput of a large file, against curl",
                 median(run["mb_per_second"] / run["curl_mb_per_second"] for run in found),
                 0.5,
                 at_least=True,

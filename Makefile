@@ -26,7 +26,7 @@ test: $(VENV)/.installed ## Run the tests
 bench: $(VENV)/.installed ## Measure everything into docs/performance.md (half an hour)
 	$(BIN)/python -m benchmarks
 
-bench-quick: $(VENV)/.installed ## Measure a little, and only print it
+bench-quick: $(VENV)/.installed ## Measure a little in about a minute, and only print it
 	$(BIN)/python -m benchmarks --quick
 
 screenshots: $(VENV)/.installed ## Photograph the Prefect UI for the documentation (needs Chromium)

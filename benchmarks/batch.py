@@ -3,7 +3,7 @@
 The script it is compared with knows no rate limit, so it goes without its own: with it, twenty requests a second are
 all that either could make.
 
-python -m benchmarks.batch COUNT FOLDER
+python -m benchmarks.batch COUNT LONGEST_SECONDS FOLDER
 """
 
 import asyncio
@@ -14,14 +14,14 @@ from benchmarks.jobs import memory_mb, texts, uniform
 from prefect_nanogpt.flows import text_to_speech_batch
 
 
-async def main(count: int, folder: str) -> None:
+async def main(durations: list[float], folder: str) -> None:
     """Say all the texts at once, tracked in Prefect."""
-    lines = [{"id": str(number), "text": text} for number, text in enumerate(texts(uniform(count)))]
+    lines = [{"id": str(number), "text": text} for number, text in enumerate(texts(durations))]
     # The flow refuses more than the provider's 25 requests a second, unless Prefect does not check its parameters.
     unlimited = text_to_speech_batch.with_options(validate_parameters=False)
-    await unlimited(lines, save_to=folder, max_in_flight=count, requests_per_second=1e9)
+    await unlimited(lines, save_to=folder, max_in_flight=len(lines), requests_per_second=1e9)
 
 
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1]), sys.argv[2]))
+    asyncio.run(main(uniform(int(sys.argv[1]), high=float(sys.argv[2])), sys.argv[3]))
     print(json.dumps({"peak_mb": memory_mb("VmHWM")}))

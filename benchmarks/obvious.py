@@ -1,6 +1,6 @@
 """The script that one would write first: no Prefect, no retries, no checks, one look every three seconds.
 
-python -m benchmarks.obvious COUNT FOLDER
+python -m benchmarks.obvious COUNT LONGEST_SECONDS FOLDER
 """
 
 import asyncio
@@ -31,16 +31,16 @@ async def say(client: httpx.AsyncClient, text: str, path: Path) -> None:
     path.write_bytes(response.content)
 
 
-async def main(count: int, folder: Path) -> None:
+async def main(durations: list[float], folder: Path) -> None:
     """Say all the texts at once."""
     headers = {"x-api-key": os.environ["NANOGPT_API_KEY"]}
     limits = httpx.Limits(max_connections=100)
     async with httpx.AsyncClient(headers=headers, limits=limits, timeout=None) as client:
         await asyncio.gather(
-            *(say(client, text, folder / f"{number}.mp3") for number, text in enumerate(texts(uniform(count))))
+            *(say(client, text, folder / f"{number}.mp3") for number, text in enumerate(texts(durations)))
         )
 
 
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1]), Path(sys.argv[2])))
+    asyncio.run(main(uniform(int(sys.argv[1]), high=float(sys.argv[2])), Path(sys.argv[3])))
     print(json.dumps({"peak_mb": memory_mb("VmHWM")}))

@@ -1,6 +1,6 @@
 """The same jobs written plainly in Prefect: a task for each step, and a task run for each look.
 
-python -m benchmarks.plain COUNT FOLDER
+python -m benchmarks.plain COUNT LONGEST_SECONDS FOLDER
 """
 
 import asyncio
@@ -50,14 +50,12 @@ async def say(text: str, path: Path) -> None:
 
 
 @flow
-async def plain(count: int, folder: Path) -> None:
+async def plain(durations: list[float], folder: Path) -> None:
     """Say all the texts at once."""
     async with client:
-        await asyncio.gather(
-            *(say(text, folder / f"{number}.mp3") for number, text in enumerate(texts(uniform(count))))
-        )
+        await asyncio.gather(*(say(text, folder / f"{number}.mp3") for number, text in enumerate(texts(durations))))
 
 
 if __name__ == "__main__":
-    asyncio.run(plain(int(sys.argv[1]), Path(sys.argv[2])))
+    asyncio.run(plain(uniform(int(sys.argv[1]), high=float(sys.argv[2])), Path(sys.argv[3])))
     print(json.dumps({"peak_mb": memory_mb("VmHWM")}))

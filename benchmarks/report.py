@@ -26,7 +26,7 @@ def write(results: dict[str, Any]) -> None:
     parts = [
         "# Performance",
         "Made by `make bench` from [performance.json](performance.json), which has every single figure; not to be "
-        "edited. `make bench-quick` gives an idea in two minutes.",
+        "edited. `make bench-quick` gives an idea in about a minute.",
         f"The machine: {machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB, shared with "
         f"others; Python {machine['python']}, Prefect {machine['prefect']}, httpx {machine['httpx']}. Provider (the "
         "sandbox), Prefect server and client run on it side by side, so absolute times say little elsewhere. "

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 from prefect import flow
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 
 from prefect_nanogpt import NanoGPTCredentials
@@ -39,3 +39,16 @@ async def test_status_calls_keep_to_a_global_rate_limit(
     assert len(at) == CALLS
     # Slots come back at the given rate, so that many calls cannot have come any faster, however fast the machine is.
     assert at[-1] - at[0] > (CALLS - AT_ONCE) / A_SECOND * 0.8
+
+
+async def test_jobs_that_start_together_ask_for_the_limit_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def counting() -> PrefectClient:
+        asked.append(1)
+        return get_client()
+
+    monkeypatch.setattr(limits, "_known", (False, -limits.LOOK_AGAIN_SECONDS))
+    monkeypatch.setattr(limits, "get_client", counting)
+    await asyncio.gather(*(limits.stay_under_rate_limit() for _ in range(50)))
+    assert len(asked) == 1

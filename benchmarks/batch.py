@@ -3,14 +3,14 @@
 The script it is compared with knows no rate limit, so it goes without its own: with it, twenty requests a second are
 all that either could make.
 
-python -m benchmarks.batch COUNT LONGEST_SECONDS FOLDER
+python -m benchmarks.batch COUNT KIND FOLDER
 """
 
 import asyncio
 import json
 import sys
 
-from benchmarks.jobs import memory_mb, texts, uniform
+from benchmarks.jobs import durations_of, memory_mb, texts
 from prefect_nanogpt.flows import text_to_speech_batch
 
 
@@ -23,5 +23,5 @@ async def main(durations: list[float], folder: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(uniform(int(sys.argv[1]), high=float(sys.argv[2])), sys.argv[3]))
+    asyncio.run(main(durations_of(sys.argv[2], int(sys.argv[1])), sys.argv[3]))
     print(json.dumps({"peak_mb": memory_mb("VmHWM")}))

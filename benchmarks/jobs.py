@@ -20,6 +20,13 @@ def log_uniform(count: int, low: float = 1.0, high: float = 180.0) -> list[float
     return [math.exp(rng.uniform(math.log(low), math.log(high))) for _ in range(count)]
 
 
+def durations_of(kind: str, count: int) -> list[float]:
+    """Draw durations of a kind: `uniform` from 2 to 20 s, `log-uniform` from 1 to 180 s, or `quick`, from 2 to 6 s."""
+    if kind == "log-uniform":
+        return log_uniform(count)
+    return uniform(count, high={"uniform": 20.0, "quick": 6.0}[kind])
+
+
 def texts(durations: list[float]) -> list[str]:
     """Write texts that take the sandbox so long."""
     return [f"[sandbox:wait {seconds:.2f}] Line {number}." for number, seconds in enumerate(durations)]

@@ -1,6 +1,6 @@
 """The script that one would write first: no Prefect, no retries, no checks, one look every three seconds.
 
-python -m benchmarks.obvious COUNT LONGEST_SECONDS FOLDER
+python -m benchmarks.obvious COUNT KIND FOLDER
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.jobs import memory_mb, texts, uniform
+from benchmarks.jobs import durations_of, memory_mb, texts
 
 BASE = os.environ["NANOGPT_BASE_URL"]
 
@@ -42,5 +42,5 @@ async def main(durations: list[float], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(uniform(int(sys.argv[1]), high=float(sys.argv[2])), Path(sys.argv[3])))
+    asyncio.run(main(durations_of(sys.argv[2], int(sys.argv[1])), Path(sys.argv[3])))
     print(json.dumps({"peak_mb": memory_mb("VmHWM")}))

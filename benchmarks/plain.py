@@ -1,6 +1,6 @@
 """The same jobs written plainly in Prefect: a task for each step, and a task run for each look.
 
-python -m benchmarks.plain COUNT LONGEST_SECONDS FOLDER
+python -m benchmarks.plain COUNT KIND FOLDER
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 from prefect import flow, task
 
-from benchmarks.jobs import memory_mb, texts, uniform
+from benchmarks.jobs import durations_of, memory_mb, texts
 
 BASE = os.environ["NANOGPT_BASE_URL"]
 client = httpx.AsyncClient(headers={"x-api-key": os.environ["NANOGPT_API_KEY"]}, timeout=None)
@@ -57,5 +57,5 @@ async def plain(durations: list[float], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(plain(uniform(int(sys.argv[1]), high=float(sys.argv[2])), Path(sys.argv[3])))
+    asyncio.run(plain(durations_of(sys.argv[2], int(sys.argv[1])), Path(sys.argv[3])))
     print(json.dumps({"peak_mb": memory_mb("VmHWM")}))

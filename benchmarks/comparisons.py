@@ -123,11 +123,12 @@ def compare_jobs(count: int, rounds: int, kind: str = "uniform") -> Comparison:
     names = {"batch": "`text_to_speech_batch`, tracked in Prefect", "obvious": "the obvious script"}
     return Comparison(
         f"{count:,} jobs at once".replace(",", " "),
-        f"Durations uniform from 2 to {6 if kind == 'quick' else 20} s. On the one side `text_to_speech_batch`, with its retries, checks, "
-        "ledger and three task runs a line, on a Prefect server with SQLite; on the other a script of thirty lines "
-        "(`benchmarks/obvious.py`): `asyncio.gather`, one httpx client with 100 connections, a look every three "
-        "seconds. Neither keeps to a rate limit here. Time and memory are of the whole client process, imports "
-        f"included; provider and server run beside it on the same machine. Medians of {rounds} rounds in turn.",
+        f"Durations uniform from 2 to {6 if kind == 'quick' else 20} s. On the one side `text_to_speech_batch`, with "
+        "its retries, checks, ledger and three task runs a line, on a Prefect server with SQLite; on the other a "
+        "script of thirty lines (`benchmarks/obvious.py`): `asyncio.gather`, one httpx client with 100 connections, "
+        "a look every three seconds. Neither keeps to a rate limit here. Time and memory are of the whole "
+        "client process, imports included; provider and server run beside it on the same machine. "
+        f"Medians of {rounds} rounds in turn.",
         ["", "wall, s", "CPU, s", "peak memory, MB", "mean delay, s", "p95 delay, s", "status calls"],
         [
             [
@@ -163,12 +164,12 @@ def compare_plain() -> Comparison:
     names = {"batch": "`text_to_speech_batch`", "plain": "plainly"}
     return Comparison(
         "Against doing it plainly in Prefect",
-        "A flow with a task for each step and a task run for each look, every three seconds (`benchmarks/plain.py`), all "
-        "jobs at once. Rows are those of all tables of the server's database, events and logs included, once all has been "
-        "written; requests are those that the server answered; events and logs travel on a websocket beside them. A "
-        "thousand jobs are more than the plain flow can look after: most of them are finished before it comes to look "
-        "at them the first time, so that it writes few rows and takes many times as long. A hundred jobs, log-uniform from "
-        "1 to 180 s, let it look as often as it means to.",
+        "A flow with a task for each step and a task run for each look, every three seconds (`benchmarks/plain.py`), "
+        "all jobs at once. Rows are those of all tables of the server's database, events and logs included, once all "
+        "has been written; requests are those that the server answered; events and logs travel on a websocket beside "
+        "them. A thousand jobs are more than the plain flow can look after: most of them are finished before it comes "
+        "to look at them the first time, so that it writes few rows and takes many times as long. A hundred jobs, "
+        "log-uniform from 1 to 180 s, let it look as often as it means to.",
         ["", "looks a job", "rows a job", "API requests a job", "server CPU, s", "client CPU, s", "wall, s"],
         [
             [

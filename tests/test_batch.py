@@ -379,13 +379,15 @@ def started(file: Path, save_to: str, sandbox: Sandbox) -> subprocess.Popen[byte
     return start("tests.batching", str(file), save_to, sandbox=sandbox)
 
 
-def table(file: Path, count: int) -> Path:
-    """Write a table of lines of which one in ten is rejected and one in twenty meets a busy provider."""
+def table(file: Path, count: int, slow: int = 0) -> Path:
+    """Write a table of lines of which one in ten is rejected and one in twenty meets a busy provider; the first so many
+    take long enough to be all under way at once."""
     with file.open("w", newline="") as out:
         rows = csv.writer(out)
         rows.writerow(["id", "text"])
         for number in range(count):
             fate = {3: "[sandbox:reject] ", 7: "[sandbox:busy 2] " if number % 20 == 7 else ""}.get(number % 10, "")
+            fate += "[sandbox:wait 25] " if number < slow else ""
             rows.writerow([f"line-{number:03}", f"{fate}This is line number {number}."])
     return file
 
@@ -403,12 +405,12 @@ def outcomes_once_paid(save_to: str, sandbox: Sandbox) -> Counter[str]:
 
 
 def test_two_hundred_lines_with_a_kill_in_the_middle(tmp_path: Path, save_to: str) -> None:
-    file = table(tmp_path / "lines.csv", 200)
-    with Sandbox(job_seconds=6.0, speak=False) as sandbox:
+    file = table(tmp_path / "lines.csv", 200, slow=100)
+    with Sandbox(job_seconds=1.0, speak=False) as sandbox:
         first = started(file, save_to, sandbox)
         # All places are taken from the hundredth submission on until the first jobs are done, so none is uncertain.
         sandbox.wait_for_request("submit", count=100, timeout=120)
-        time.sleep(0.5)
+        time.sleep(2)
         first.kill()
         first.wait()
 

@@ -3,13 +3,13 @@
 import json
 import os
 import shutil
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 from benchmarks import polling
@@ -42,11 +42,6 @@ class Comparison:
     rows: list[list[str]]
     targets: list[Target] = field(default_factory=list)
     raw: Any = None
-
-
-def median(values: Iterable[float]) -> float:
-    """Give the middle one."""
-    return statistics.median(values)
 
 
 def percentile_95(values: list[float]) -> float:
@@ -102,11 +97,15 @@ def _jobs(module: str, count: int, *, tracked: bool, settle: bool = True, kind: 
         "wall_seconds": run.wall_seconds,
         "cpu_seconds": run.cpu_seconds,
         "peak_mb": run.said["peak_mb"],
-        "mean_delay": statistics.mean(delays),
+        "mean_delay": mean(delays),
         "p95_delay": percentile_95(delays),
         **seen,
         **server_says,
     }
+
+
+def _middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    return {key: median(run[key] for run in runs) for key in runs[0]}
 
 
 def compare_jobs(count: int, rounds: int, kind: str = "uniform") -> Comparison:
@@ -115,7 +114,7 @@ def compare_jobs(count: int, rounds: int, kind: str = "uniform") -> Comparison:
     for _ in range(rounds):
         for name, found in runs.items():
             found.append(_jobs(f"benchmarks.{name}", count, tracked=name == "batch", settle=False, kind=kind))
-    figures = {name: {key: median(run[key] for run in found) for key in found[0]} for name, found in runs.items()}
+    figures = {name: _middle(found) for name, found in runs.items()}
 
     def ratio(key: str) -> float:
         return median(a[key] / b[key] for a, b in zip(runs["batch"], runs["obvious"], strict=True))
@@ -322,10 +321,6 @@ def _curl(url: str) -> float:
         start = time.monotonic()
         measured([curl, "--silent", "--fail", "--output", str(Path(folder, "file")), url], dict(os.environ))
         return time.monotonic() - start
-
-
-def _middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    return {key: median(run[key] for run in runs) for key in runs[0]}
 
 
 def _jobs_of(results: dict[str, Any]) -> dict[str, Any]:

@@ -137,7 +137,7 @@ async def text_to_speech_batch(
 
     Example:
         ```python
-        from prefect import State, flow
+        from prefect import flow
         from prefect_nanogpt.flows import text_to_speech_batch
 
         @flow

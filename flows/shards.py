@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from itertools import count
 from typing import Any, Final
 from uuid import UUID
 
@@ -81,14 +80,15 @@ async def run_shards(parameters: Mapping[int, Mapping[str, Any]], deployment: st
 
 
 async def _run(number: int, parameters: Mapping[str, Any], target: str, open_runs: dict[int, UUID]) -> State[Any]:
-    tries = 0
-    for attempt in count():
+    attempt = tries = 0
+    while True:
         run = await arun_deployment(
             target,
             parameters=dict(parameters),
             timeout=0,
             idempotency_key=f"{this_flow_run.id}-shard-{number}-{attempt}",
         )
+        attempt += 1
         if run.state is not None and run.state.is_final():
             continue  # what has just been started cannot have ended: it is of an earlier attempt
         open_runs[number] = run.id
@@ -100,7 +100,6 @@ async def _run(number: int, parameters: Mapping[str, Any], target: str, open_run
             continue
         get_run_logger().info("Shard %d ended as %s.", number, state.name)
         return state
-    raise AssertionError("counting has no end")
 
 
 async def _end_of(run: FlowRun) -> State[Any]:

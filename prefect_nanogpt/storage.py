@@ -174,10 +174,7 @@ class Destination:
             StorageError: It cannot be written.
         """
         folder = Path(self._root) if self.is_local else Path(tempfile.gettempdir())
-        if self.is_local:
-            _remove_leftovers(folder)
-        else:
-            _remove_leftovers(folder, stem)
+        _remove_leftovers(folder, "*" if self.is_local else stem)
         digest = hashlib.sha256()
         size = 0
         head = b""
@@ -450,7 +447,7 @@ def _temporary_file(folder: Path, stem: str) -> Iterator[tuple[BinaryIO, Path]]:
 
 
 @lru_cache(maxsize=1024)
-def _remove_leftovers(folder: Path, stem: str = "*") -> None:
+def _remove_leftovers(folder: Path, stem: str) -> None:
     """Remove the temporary files whose process was killed: those that nobody holds a lock on.
 
     Once in a process is enough, and looking through a folder of thousands for each new file is slow.

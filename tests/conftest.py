@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ os.environ["PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW"] = "ignore"
 for name in [name for name in os.environ if name.startswith("NANOGPT_")]:
     del os.environ[name]
 
+import httpx
 import pytest
 from prefect.settings import PREFECT_API_URL
 from prefect.testing.utilities import prefect_test_harness
@@ -101,6 +103,24 @@ def start(module: str, *arguments: str, sandbox: Sandbox, **environment: str) ->
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def wait_for_server(url: str, seconds: float = 90) -> None:
+    """Wait until a server answers."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            httpx.get(url).raise_for_status()
+            return
+        except httpx.HTTPError:
+            assert time.monotonic() < deadline, f"{url} does not answer"
+            time.sleep(0.3)
 
 
 async def eventually(look: Callable[[], Awaitable[T | None]], seconds: float = 30) -> T:

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,6 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas import FlowRun
@@ -38,7 +36,7 @@ from prefect_nanogpt.flows.batch import _shares as shares_of
 from prefect_nanogpt.manifest import Line, ManifestRow, read_lines
 from prefect_nanogpt.models import PollSchedule, TTSRequest
 from prefect_nanogpt.sandbox import Accept, Answer, Cut, Sandbox
-from tests.conftest import API_KEY, eventually, start
+from tests.conftest import API_KEY, eventually, free_port, start, wait_for_server
 
 
 def lines_of(count: int, text: str = "Line {} of many.") -> list[dict[str, Any]]:
@@ -429,22 +427,14 @@ def serve_prefect(home: Path, port: int) -> subprocess.Popen[bytes]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 90
-    while True:
-        try:
-            httpx.get(f"http://127.0.0.1:{port}/api/health").raise_for_status()
-            return server
-        except httpx.HTTPError:
-            assert time.monotonic() < deadline, "the Prefect server does not start"
-            time.sleep(0.3)
+    wait_for_server(f"http://127.0.0.1:{port}/api/health")
+    return server
 
 
 @pytest.mark.timeout(420)
 def test_an_outage_of_the_provider_and_a_restart_of_the_prefect_server(tmp_path: Path, save_to: str) -> None:
     file = table(tmp_path / "lines.csv", 40)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
 
     def down_for_a_minute() -> Iterator[Answer]:
         until = time.monotonic() + 60

@@ -8,7 +8,6 @@ import pwd
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ import yaml
 
 from prefect_nanogpt.manifest import ManifestRow
 from prefect_nanogpt.sandbox import Sandbox
-from tests.conftest import API_KEY
+from tests.conftest import API_KEY, free_port, wait_for_server
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "scale-out"
@@ -49,23 +48,6 @@ pytestmark = [
     pytest.mark.skipif(POSTGRES is None or REDIS is None, reason="no Postgres or no Redis on this machine"),
     pytest.mark.timeout(600),
 ]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def wait_for(url: str) -> None:
-    deadline = time.monotonic() + 90
-    while True:
-        try:
-            httpx.get(url).raise_for_status()
-            return
-        except httpx.HTTPError:
-            assert time.monotonic() < deadline, f"{url} does not answer"
-            time.sleep(0.3)
 
 
 def descendants(pid: int) -> list[int]:
@@ -173,7 +155,7 @@ def stack(tmp_path: Path) -> Iterator[Stack]:
         start_postgres(stack, Path(data))
         stack.start_process([REDIS, "--port", str(stack.redis_port), "--save", "", "--dir", str(tmp_path)])
         stack.start("server", "--port", str(stack.server_port))
-        wait_for(f"http://127.0.0.1:{stack.server_port}/api/health")
+        wait_for_server(f"http://127.0.0.1:{stack.server_port}/api/health")
         stack.start("services")
         setup = stack.start("setup")
         assert setup.wait(120) == 0, (tmp_path / f"log-{len(stack.processes) - 1}").read_text()

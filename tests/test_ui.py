@@ -6,7 +6,6 @@ With SCREENSHOTS set to a folder, the pages are photographed on the way.
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from playwright.sync_api import TimeoutError as PlaywrightTimeoutError
 
 from prefect_nanogpt.sandbox import Sandbox
-from tests.conftest import API_KEY
+from tests.conftest import API_KEY, free_port
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SCREENSHOTS = os.environ.get("SCREENSHOTS")
@@ -88,9 +87,7 @@ def wait_for(look: Callable[[], Any], seconds: float) -> Any:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     home = tmp_path_factory.mktemp("served")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with Sandbox(job_seconds=3.0) as sandbox:
         process = subprocess.Popen(
             [str(Path(sys.executable).parent / "prefect-nanogpt"), "serve", "--port", str(port)],

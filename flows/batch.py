@@ -1,68 +1,71 @@
 """Many lines, each paid for once, whatever becomes of the others."""
 
-from __future__ import annotations
-
 import asyncio
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
-from pathlib import Path, PurePath
-from typing import Annotated, Any, Final, NamedTuple, cast
+from pathlib import PurePath
+from typing import Annotated, Any, Final, cast
 from uuid import UUID
 
 import anyio
-from prefect import State, flow
-from prefect.artifacts import acreate_progress_artifact, acreate_table_artifact, aupdate_progress_artifact
-from prefect.logging import get_run_logger
+import httpx
+from prefect import flow
+from prefect.artifacts import acreate_progress_artifact, aupdate_progress_artifact
 from prefect.runtime import flow_run as this_flow_run
 from pydantic import Field
 
+from prefect_nanogpt.budget import COST_LIMIT_EXCEEDED, Budget, usd_in
 from prefect_nanogpt.client import NanoGPTClient
-from prefect_nanogpt.credentials import NanoGPTCredentials, nanogpt_client
+from prefect_nanogpt.credentials import NanoGPTCredentials, nanogpt_client, provider_of
 from prefect_nanogpt.errors import (
-    AudioError,
     BatchPartial,
     ContentPolicyViolation,
     CredentialsError,
     NanoGPTError,
-    ProviderError,
     StorageError,
-    TTSJobRejected,
-    TTSTimeout,
 )
-from prefect_nanogpt.flows.ending import failed
+from prefect_nanogpt.events import run_logger
+from prefect_nanogpt.flows.ending import PLAIN_JSON, failed, keep_result, may_go_better
 from prefect_nanogpt.flows.forms import (
     ArtifactKey,
+    CostLimit,
     Credentials,
     DocumentedModel,
+    Resubmitted,
     SaveTo,
     Schedule,
+    Take,
     TimeoutSeconds,
     titled,
 )
-from prefect_nanogpt.flows.generate import speak
-from prefect_nanogpt.flows.shards import credentials_for_workers, run_shards
-from prefect_nanogpt.flows.wait import of_ticket
-from prefect_nanogpt.manifest import COMPLETED, Line, Manifest, ManifestRow, Shard, read_lines
-from prefect_nanogpt.models import DEFAULT_MODEL, AudioFile, PollSchedule, Ticket
-from prefect_nanogpt.report import announce, quietly
-from prefect_nanogpt.storage import BLOCK, Destination
-from prefect_nanogpt.tasks.audio import save_audio
-from prefect_nanogpt.tasks.labels import labelled
-from prefect_nanogpt.tasks.status import wait_for_job
-from prefect_nanogpt.tasks.submit import COST_LIMIT_EXCEEDED, fingerprint
+from prefect_nanogpt.flows.shards import parameters_of_shards, run_shards
+from prefect_nanogpt.job import Said, Terms, find
+from prefect_nanogpt.ledger import Entry, Job
+from prefect_nanogpt.lines import COMPLETED, FILE_NAME, Line, Manifest, ManifestRow, read_lines
+from prefect_nanogpt.models import DEFAULT_MODEL, AudioFile, PollSchedule
+from prefect_nanogpt.report import TableReport, quietly
+from prefect_nanogpt.storage import absolute
+from prefect_nanogpt.tasks.ledgers import open_ledger
+from prefect_nanogpt.tasks.say import PlainSteps, say_in_one_task
 
 __all__ = ["text_to_speech_batch"]
 
 NOT_SUBMITTED: Final = "NOT_SUBMITTED"
+UNFINISHED: Final = "UNFINISHED"
+"""A job that is paid for and that nobody has seen to its end: another run does."""
 ROWS_SHOWN: Final = 100
 DETAIL_SHOWN: Final = 200
 PROGRESS_SECONDS: Final = 5.0
 SUBMISSIONS_AT_ONCE: Final = 16
-"""A thousand begun together would keep the process busy while the first of them are finished and nobody looks."""
+"""With a thousand at once, the event loop is too busy submitting to notice that the first jobs have finished."""
 LAST_WORD_SECONDS: Final = 5.0
+KEPT_BESIDE: Final = (
+    "another text than the audio that was here under their names. That audio is kept, as <id>.<first letters of its "
+    "digest>.<extension>."
+)
 
 
 def run_name() -> str:
@@ -77,7 +80,8 @@ def run_name() -> str:
     name="text-to-speech-batch",
     description="Turn many lines into speech with NanoGPT, each into a file of its own.",
     flow_run_name=run_name,
-    persist_result=True,
+    persist_result=False,
+    result_serializer=PLAIN_JSON,
 )
 async def text_to_speech_batch(
     lines: Annotated[list[dict[str, Any]] | str, titled("Lines")],
@@ -89,9 +93,10 @@ async def text_to_speech_batch(
     timeout_seconds: TimeoutSeconds = 600.0,
     poll: Schedule = PollSchedule(),  # noqa: B008 - immutable
     max_in_flight: Annotated[int, titled("Jobs at the provider at once"), Field(ge=1)] = 100,
-    requests_per_second: Annotated[float, titled("Requests a second"), Field(gt=0, le=25)] = 20.0,
-    max_cost: Annotated[Decimal | None, titled("Cost limit for the whole, in USD")] = None,
-    resubmit_uncertain: Annotated[bool, titled("Resubmit what is uncertain")] = False,
+    requests_per_second: Annotated[float, titled("Requests a second"), Field(ge=0.01, le=25)] = 20.0,
+    max_cost: CostLimit = None,
+    take: Take = 1,
+    resubmit: Resubmitted = (),
     artifact_key: ArtifactKey = "tts-batch",
     shards: Annotated[int, titled("Shards"), Field(ge=1, le=100)] = 1,
     shard_deployment: Annotated[str | None, titled("Deployment of the shards")] = None,
@@ -101,23 +106,26 @@ async def text_to_speech_batch(
 
     Every line is checked before anything is submitted. Then each goes its own way: one that fails stops no other.
     Run again with the same `save_to`, whether as a retry or as a new run, it does and pays for only what is missing.
+    Equal lines are one job and several files.
 
     Args:
-        lines: A list of lines with `id`, `text` and, where wanted, `voice`, `model` and `options`; or the path or
-            fsspec URL of a CSV file with such columns or a JSON Lines file (`.jsonl`). Further fields are options.
+        lines: A list of lines with `id`, `text` and, where wanted, `voice`, `model`, `take` and `options`; or the path
+            or fsspec URL of a CSV file with such columns or a JSON Lines file (`.jsonl`). Further fields are options.
         model: The model of the lines that name none.
         voice: The voice of the lines that name none.
         options: Options of the lines that do not set them; `TTSRequest` lists the documented ones.
         save_to: A folder, an fsspec URL such as `s3://bucket/speech`, or a block as `remote-file-system/NAME`. The
             manifest is `manifest.jsonl` there.
-        credentials: The credentials; None for the saved block `default`, or else the environment.
+        credentials: The credentials; None for the environment, or else the saved block `default`.
         timeout_seconds: How long to wait for each job, in seconds.
         poll: The pauses between two status calls about a job.
         max_in_flight: How many lines to be at work on at once.
         requests_per_second: How many requests to make a second, over all lines; the provider documents a limit of 25.
-        max_cost: The most that all the lines may cost, earlier runs included, in USD. Refused before anything is sent
-            where the provider's catalogue has the prices; otherwise no line is submitted once it is reached.
-        resubmit_uncertain: Submit even lines that may already have been accepted, and pay twice for those that were.
+        max_cost: The most that all the lines may cost, earlier runs and failed tries included, in USD. Nothing is
+            submitted where the provider's catalogue has prices above it; where it has none, lines go one after another
+            until the tickets tell, and no line is submitted once the limit is reached.
+        take: Which rendition of the lines that do not say which: another number is another job, and is paid for.
+        resubmit: Which jobs to submit anew although they may have been charged for: `uncertain`, `lost`, `refused`.
         artifact_key: The key of the table of lines; lower-case letters, digits and dashes.
         shards: In how many runs of the deployment to do it, on as many workers as there are. Each has its share of
             `max_in_flight`, `requests_per_second` and `max_cost`.
@@ -141,7 +149,7 @@ async def text_to_speech_batch(
         from prefect_nanogpt.flows import text_to_speech_batch
 
         @flow
-        async def dialogue() -> list[str]:
+        async def dialogue() -> list[str | None]:
             rows = await text_to_speech_batch(
                 [{"id": "hello", "text": "Hello."}, {"id": "bye", "text": "Good-bye.", "voice": "Adam"}],
                 voice="Rachel",
@@ -150,364 +158,343 @@ async def text_to_speech_batch(
             return [row.location for row in rows]
         ```
     """
-    logger = get_run_logger()
+    keep_result()
+    save_to = absolute(save_to)
     try:
         defaults = {"model": model, "voice": voice, **(options or {})}
-        wanted = await asyncio.to_thread(read_lines, lines, defaults)
+        wanted = await asyncio.to_thread(read_lines, lines, defaults, take)
         if shard is not None:
             if shard > shards:
                 raise NanoGPTError(f"There is no shard {shard} of {shards}.", code="INVALID_REQUEST")
             wanted = wanted[shard - 1 :: shards]
-        destination = Destination(save_to)
-        manifest = Manifest(destination, Shard(shard, shards) if shard is not None else None)
-        earlier = await manifest.read()
-        if shard is None:
-            earlier = await manifest.gather()
-        sizes = await destination.sizes()
-        todo = [line for line in wanted if not _is_settled(line, earlier.get(line.id), sizes)]
-        logger.info("%d lines, of which %d are to do.", len(wanted), len(todo))
-        async with nanogpt_client(credentials) as client:
-            client.requests_per_second = requests_per_second
-            budget = _Budget(max_cost, spent=_charged(earlier[line.id] for line in wanted if line.id in earlier))
-            if max_cost is not None:
-                await budget.refuse_or_estimate(todo, client)
-            if shards > 1 and shard is None and todo:
-                shares = _shares(wanted, {line.id for line in todo}, earlier, shards)
-                states = await run_shards(
-                    {
-                        number: {
-                            "lines": _anywhere(lines) if isinstance(lines, str) else lines,
-                            "model": model,
-                            "voice": voice,
-                            "options": options,
-                            "save_to": _anywhere(save_to),
-                            "credentials": credentials_for_workers(credentials),
-                            "timeout_seconds": timeout_seconds,
-                            "poll": poll.model_dump(),
-                            "max_in_flight": max(1, max_in_flight // len(shares)),
-                            "requests_per_second": requests_per_second / len(shares),
-                            "max_cost": None if max_cost is None else str(share.of(max_cost - budget.spent)),
-                            "resubmit_uncertain": resubmit_uncertain,
-                            "artifact_key": artifact_key,
-                            "shards": shards,
-                            "shard": number,
-                        }
-                        for number, share in shares.items()
-                    },
-                    shard_deployment,
-                )
-                rows = await manifest.gather()
-                rows |= {row.id: row for row in _untold(wanted, rows, states, shards)}
-                may_go_better = True
-            else:
-                batch = _Batch(
-                    manifest,
-                    earlier,
-                    budget,
-                    save_to=save_to,
-                    credentials=credentials,
-                    timeout_seconds=timeout_seconds,
-                    schedule=poll,
-                    resubmit_uncertain=resubmit_uncertain,
-                    progress=_Progress(artifact_key, len(wanted), len(wanted) - len(todo)),
-                )
-                rows = {**earlier, **await batch.run(todo, max_in_flight)}
-                may_go_better = batch.may_go_better
-        result = [rows[line.id] for line in wanted]
-        await _show(artifact_key, result)
-        if all(row.is_completed for row in result):
-            return result
-        return cast(list[ManifestRow], await failed(_partial(result), final=not may_go_better))
+        ledger = await open_ledger(save_to, credentials)
+        terms = Terms(ledger, timeout_seconds, poll, resubmit)
+        batch = _Batch(wanted, await provider_of(credentials), terms, artifact_key, is_shard=shard is not None)
+        await batch.look_up()
+        if batch.todo:
+            async with nanogpt_client(credentials) as client:
+                client.requests_per_second = requests_per_second
+                budget = await batch.budget(max_cost, client)
+                if shards > 1 and shard is None:
+                    await _run_in_shards(batch, budget, shards, shard_deployment, credentials)
+                else:
+                    await batch.run(
+                        PlainSteps(terms, client, budget, asyncio.Semaphore(SUBMISSIONS_AT_ONCE)), max_in_flight
+                    )
+        rows = await batch.finish()
+        if all(row.is_completed for row in rows):
+            return rows
+        return cast(list[ManifestRow], await failed(_partial(rows), final=not batch.may_go_better))
     except BatchPartial:
         raise
     except NanoGPTError as error:
         return cast(list[ManifestRow], await failed(error, final=not error.retryable))
 
 
-def _is_settled(line: Line, row: ManifestRow | None, sizes: dict[str, int]) -> bool:
-    """Whether an earlier run has done all for a line that can be done: saved it, or had its text refused."""
-    if row is None or row.request != fingerprint(line.request):
-        return False
-    if row.is_completed:
-        return row.location is not None and sizes.get(row.location) == row.size_bytes
-    return row.outcome == ContentPolicyViolation.default_code
-
-
-def _charged(rows: Iterable[ManifestRow]) -> Decimal:
-    """Sum up what was charged. Refunds are not counted, since only the balance tells of them."""
-    return sum((row.cost for row in rows if row.cost is not None), Decimal(0))
-
-
-class _Share(NamedTuple):
-    """What a shard has of the whole: what its lines have cost so far, and its part of the characters still to say."""
-
-    spent: Decimal
-    part: Decimal
-
-    def of(self, left: Decimal) -> Decimal:
-        """Give the limit of the shard's cost, where so much is left for all."""
-        return self.spent + left * self.part
-
-
-def _shares(wanted: list[Line], todo: set[str], earlier: Mapping[str, ManifestRow], shards: int) -> dict[int, _Share]:
-    """Give the share of each shard that has something to do."""
-    characters: Counter[int] = Counter()
-    for index, line in enumerate(wanted):
-        if line.id in todo:
-            characters[index % shards + 1] += len(line.request.text)
-    return {
-        number: _Share(
-            _charged(earlier[line.id] for line in wanted[number - 1 :: shards] if line.id in earlier),
-            Decimal(characters[number]) / characters.total(),
-        )
-        for number in sorted(characters)
-    }
-
-
-def _untold(
-    wanted: list[Line], rows: Mapping[str, ManifestRow], states: Mapping[int, State[Any]], shards: int
-) -> Iterator[ManifestRow]:
-    """Give a row to each line that its shard has not come to."""
-    for index, line in enumerate(wanted):
-        request = fingerprint(line.request)
-        row = rows.get(line.id)
-        if row is not None and row.request == request:
-            continue
-        number = index % shards + 1
-        state = states.get(number)
-        detail = f"Shard {number} ended as {state.name}: {state.message}" if state else None
-        yield ManifestRow(id=line.id, outcome=NOT_SUBMITTED, detail=detail, request=request)
-
-
-def _anywhere(place: str) -> str:
-    """Make a path absolute: a shard's process runs in another folder."""
-    return place if "://" in place or place.startswith(BLOCK) else str(Path(place).absolute())
-
-
-class _Budget:
-    """What the whole batch may cost, and what of it is spent or promised."""
-
-    def __init__(self, limit: Decimal | None, spent: Decimal) -> None:
-        self._limit = limit
-        self.spent = spent
-        self._prices: dict[str, Decimal | None] = {}
-
-    async def refuse_or_estimate(self, lines: list[Line], client: NanoGPTClient) -> None:
-        """Look the prices up, and refuse where they tell that the lines cost too much."""
-        logger = get_run_logger()
-        for model in sorted({line.request.model for line in lines}):
-            try:
-                found = await client.speech_model(model)
-            except NanoGPTError as error:
-                logger.warning("The catalogue could not be read, so prices are only known afterwards: %s", error)
-                return
-            self._prices[model] = found.usd_per_thousand_chars if found else None
-            if self._prices[model] is None:
-                logger.info("The catalogue has no price per character for %s, so its cost is known afterwards.", model)
-        whole = self.spent + sum(map(self._price, lines))
-        if self._limit is not None and whole > self._limit:
-            raise ProviderError(
-                f"The batch costs {whole:f} USD by the provider's catalogue, {self.spent:f} USD of which are spent; "
-                f"that is more than max_cost={self._limit}. Nothing was submitted.",
-                code=COST_LIMIT_EXCEEDED,
-            )
-
-    def _price(self, line: Line) -> Decimal:
-        return (self._prices.get(line.request.model) or Decimal(0)) * len(line.request.text) / 1000
-
-    def promise(self, line: Line) -> Decimal | None:
-        """Set the price of a line aside; None where that is more than there is left."""
-        price = self._price(line)
-        if self._limit is not None and (self.spent + price > self._limit or self.spent >= self._limit):
-            return None
-        self.spent += price
-        return price
-
-    def settle(self, promised: Decimal, cost: Decimal | None) -> None:
-        """Put what was charged in the place of what was set aside."""
-        self.spent += (cost or Decimal(0)) - promised
+async def _run_in_shards(
+    batch: "_Batch", budget: Budget | None, shards: int, deployment: str | None, credentials: NanoGPTCredentials | None
+) -> None:
+    """Have the lines said by runs of the deployment, then look in the ledger what became of them."""
+    weights: Counter[int] = Counter()
+    for index, (line, job) in enumerate(zip(batch.lines, batch.jobs, strict=True)):
+        if job.id in batch.todo:
+            weights[index % shards + 1] += len(line.request.text)
+    limits: dict[int, Decimal | None] = dict.fromkeys(sorted(weights))
+    if budget is not None:
+        for number in limits:
+            spent = await batch.spent_on({job.id for job in batch.jobs[number - 1 :: shards]})
+            limits[number] = spent + (budget.limit - budget.spent) * weights[number] / weights.total()
+    states = await run_shards(parameters_of_shards(limits, shards, credentials), deployment)
+    ended = {number: f"Shard {number} ended as {state.name}: {state.message}" for number, state in states.items()}
+    await batch.tell_from_ledger([ended.get(index % shards + 1) for index in range(len(batch.lines))])
 
 
 class _Batch:
-    """The lines on their way."""
+    """The lines of a batch on their way.
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        earlier: dict[str, ManifestRow],
-        budget: _Budget,
-        *,
-        save_to: str,
-        credentials: NanoGPTCredentials | None,
-        timeout_seconds: float,
-        schedule: PollSchedule,
-        resubmit_uncertain: bool,
-        progress: _Progress,
-    ) -> None:
-        self._manifest = manifest
-        self._earlier = earlier
-        self._budget = budget
-        self._save_to = save_to
-        self._credentials = credentials
-        self._timeout_seconds = timeout_seconds
-        self._schedule = schedule
-        self._resubmit_uncertain = resubmit_uncertain
-        self._progress = progress
-        self._submissions = asyncio.Semaphore(SUBMISSIONS_AT_ONCE)
-        self._rows: dict[str, ManifestRow] = {}
-        self._stopped_by: str | None = None
+    Args:
+        lines: The lines.
+        provider: The base URL of the API.
+        terms: What their jobs have in common.
+        key: The key of the table of lines.
+        is_shard: Whether others are at work on the same manifest, which is then left to the run that started them.
+    """
+
+    def __init__(self, lines: list[Line], provider: str, terms: Terms, key: str, *, is_shard: bool) -> None:
+        self.lines = lines
+        self.jobs = [Job(provider, line.request, line.take, line.id) for line in lines]
+        self.todo: dict[str, list[int]] = {}
+        """The lines without audio, by their job: equal lines are one job."""
         self.may_go_better = False
+        self._terms = terms
+        self._ledger = terms.ledger
+        self._manifest = Manifest(terms.ledger.destination)
+        self._is_shard = is_shard
+        self._table = TableReport(key)
+        self._progress = _Progress(key, len(lines))
+        self._entries: dict[str, Entry] = {}
+        self._rows: dict[str, ManifestRow] = {}
+        self._replaced = 0
+        self._stopped_by: NanoGPTError | None = None
 
-    async def run(self, lines: list[Line], at_once: int) -> dict[str, ManifestRow]:
-        """See every line to its end, so many at once, and give its row."""
-        waiting = iter(lines)
+    async def look_up(self) -> None:
+        """Find out which lines are done: with the manifest, the ledger and one listing of each folder."""
+        destination = self._ledger.destination
+        earlier = await destination.run(self._manifest.read)
+        self._entries = await self._ledger.run(self._ledger.entries)
+        sizes = await destination.run(destination.list_files)
+        for index, (line, job) in enumerate(zip(self.lines, self.jobs, strict=True)):
+            row = earlier.get(line.id)
+            if row is not None and row.job == job.id and self._is_settled(row, sizes):
+                # The folder may have moved since.
+                here = destination.location_of(row.file_name) if row.location else None
+                self._rows[line.id] = row.model_copy(update={"location": here})
+            else:
+                self._replaced += row is not None and row.is_completed and row.job != job.id
+                self.todo.setdefault(job.id, []).append(index)
+        self._progress.done = len(self._rows)
+        run_logger().info("%d lines, of which %d are to do.", len(self.lines), len(self.lines) - len(self._rows))
+        if self._replaced:
+            run_logger().warning("%d lines have %s", self._replaced, KEPT_BESIDE)
+        await self._show()
+
+    def _is_settled(self, row: ManifestRow, sizes: Mapping[str, int]) -> bool:
+        """Whether an earlier run has done all for a line that can be done: saved it, or had its text refused."""
+        entry = self._entries.get(row.job) or Entry(row.job)
+        if row.is_completed:
+            return sizes.get(row.file_name) == row.size_bytes and bool(entry.saved)
+        was_refused = entry.over == "refused" and row.outcome == ContentPolicyViolation.default_code
+        return was_refused and "refused" not in self._terms.resubmit
+
+    async def budget(self, limit: Decimal | None, client: NanoGPTClient) -> Budget | None:
+        """Make the budget of the batch, None where it has no limit.
+
+        Raises:
+            ProviderError: The catalogue's prices put the lines above the limit (code `COST_LIMIT_EXCEEDED`).
+        """
+        if limit is None:
+            return None
+        budget = Budget(limit, await self.spent_on({job.id for job in self.jobs}))
+        unpaid = [self.lines[indices[0]].request for job, indices in self.todo.items() if not self._is_paid(job)]
+        await budget.read_prices([request.model for request in unpaid], client)
+        budget.refuse_unless_affordable(unpaid)
+        return budget
+
+    async def spent_on(self, jobs: set[str]) -> Decimal:
+        """Sum up what jobs were charged so far, in USD, each once with all its tries."""
+        rows = [row for row in self._rows.values() if row.job in jobs and row.currency in (None, "USD")]
+        known = [self._entries[job] for job in jobs & self.todo.keys() & self._entries.keys()]
+        costs = await self._ledger.run(self._ledger.costs, *known)
+        return usd_in(costs) + sum((row.cost for row in rows if row.cost is not None), Decimal(0))
+
+    def _is_paid(self, job: str) -> bool:
+        return job in self._entries and self._entries[job].is_paid
+
+    async def run(self, steps: PlainSteps, at_once: int) -> None:
+        """See every job to its end, so many at once."""
+        waiting = iter(list(self.todo.items()))
         try:
             async with asyncio.TaskGroup() as workers:
-                for _ in range(min(at_once, len(lines))):
-                    workers.create_task(self._work(waiting))
-        except ExceptionGroup as several:
-            raise several.exceptions[0] from None
-        finally:
+                for _ in range(min(at_once, len(self.todo))):
+                    workers.create_task(self._work(waiting, steps))
+        except BaseException as stopped:
             with anyio.CancelScope(shield=True), anyio.move_on_after(LAST_WORD_SECONDS):
-                await self._manifest.write()
-        return self._rows
+                run_logger().warning("Stopped. What is submitted is paid for; run the batch again to fetch it.")
+                await self.finish()
+            if isinstance(stopped, BaseExceptionGroup):  # a signal that was raised in one of the workers
+                raise stopped.exceptions[0] from None
+            raise
 
-    async def _work(self, lines: Iterator[Line]) -> None:
-        for line in lines:
-            with labelled(line.id):
-                row = await self._row_of(line)
-            self._rows[line.id] = row
-            await self._manifest.add(row)
-            await self._progress.step(failed=not row.is_completed)
+    async def _work(self, jobs: Iterator[tuple[str, list[int]]], steps: PlainSteps) -> None:
+        for job, (first, *others) in jobs:
+            await self._add(await self._row_of(first, steps))
+            for index in others:
+                await self._add(await self._row_like(self.lines[first].id, index, job))
 
-    async def _row_of(self, line: Line) -> ManifestRow:
-        request = fingerprint(line.request)
-        before = self._earlier.get(line.id)
-        if before is not None and before.request != request:
-            before = None
-        known = before.ticket if before and not before.is_lost else None
-        ticket = known
-        promised = Decimal(0)
-        if self._stopped_by is None and known is None:
-            reserved = self._budget.promise(line)
-            if reserved is None:
-                self._stop("max_cost is reached")
-            else:
-                promised = reserved
-        if self._stopped_by is not None:
-            return ManifestRow(
-                id=line.id, outcome=NOT_SUBMITTED, detail=self._stopped_by, ticket=known, request=request
-            )
+    async def _add(self, row: ManifestRow) -> None:
+        self._rows[row.id] = row
+        if await self._progress.step(failed=not row.is_completed):
+            await self._show()
+        if self._manifest.is_due and not self._is_shard:
+            await self._ledger.run(self._manifest.write, self.lines, self._rows)
 
-        async def fetch(submitted: Ticket, is_new: bool) -> AudioFile:
-            nonlocal ticket
-            ticket = submitted
-            completed = await wait_for_job(
-                submitted,
-                self._credentials,
-                timeout_seconds=self._timeout_seconds,
-                schedule=self._schedule,
-                look_at_once=not is_new,
-            )
-            saved = await save_audio(completed, name=line.id, save_to=self._save_to, credentials=self._credentials)
-            return of_ticket(saved, submitted)
-
+    async def _row_of(self, index: int, steps: PlainSteps) -> ManifestRow:
+        """Say a line."""
+        line, job = self.lines[index], self.jobs[index]
+        if self._stopped_by is not None and (_stops_everything(self._stopped_by) or not self._is_paid(job.id)):
+            return ManifestRow(id=line.id, outcome=NOT_SUBMITTED, detail=str(self._stopped_by), job=job.id)
         try:
-            audio = await speak(
-                line.request,
-                fetch,
-                name=line.id,
-                save_to=self._save_to,
-                credentials=self._credentials,
-                resubmit_uncertain=self._resubmit_uncertain,
-                idempotency_key=f"{self._manifest.location}#{line.id}",
-                ticket=known,
-                replaces=before.ticket if before and before.is_lost else None,
-                gate=self._submissions,
-            )
+            entry = self._entries.get(job.id) or Entry(job.id)
+            return await self._tell(line.id, job, await say_in_one_task(line.id, job, self._terms, steps, entry))
+        except NanoGPTError as error:
+            return await self._tell(line.id, job, error)
         except Exception as error:
-            if not isinstance(error, NanoGPTError):
-                get_run_logger().exception("Line %s met an unexpected error.", line.id)
-                error = NanoGPTError(f"{type(error).__name__}: {error}", code="UNEXPECTED_ERROR", retryable=True)
-            if _stops_all(error):
-                self._stop(str(error))
-            self.may_go_better |= error.retryable
-            if ticket is not None and isinstance(error, TTSJobRejected | TTSTimeout):
-                announce("rejected" if isinstance(error, TTSJobRejected) else "timed-out", ticket, code=error.code)
-            self._budget.settle(promised, ticket.cost if ticket else None)
-            return ManifestRow(
-                id=line.id,
-                outcome=error.code,
-                detail=error.message,
-                is_lost=isinstance(error, TTSJobRejected) or (isinstance(error, AudioError) and not error.retryable),
-                cost=ticket.cost if ticket else None,
-                currency=ticket.payment_source if ticket else None,
-                ticket=ticket,
-                request=request,
-            )
-        self._budget.settle(promised, audio.cost)
-        if ticket is not None:
-            announce(
-                "completed",
-                ticket,
-                location=audio.location,
-                sha256=audio.sha256,
-                duration_seconds=audio.duration_seconds,
-            )
+            run_logger().exception("Line %s met an unexpected error.", line.id)
+            unexpected = NanoGPTError(f"{type(error).__name__}: {error}", code="UNEXPECTED_ERROR", retryable=True)
+            return await self._tell(line.id, job, unexpected)
+
+    async def _row_like(self, equal: str, index: int, job: str) -> ManifestRow:
+        """Give a line what became of an equal one: a copy of its audio, or its failure."""
+        row, line = self._rows[equal], self.lines[index]
+        shared = row.model_copy(update={"id": line.id, "cost": None if row.cost is None else Decimal(0)})
+        if not row.is_completed:
+            return shared
+        try:
+            said = await find(self.jobs[index], self._terms, await self._ledger.run(self._ledger.entry, job))
+        except NanoGPTError as error:
+            return await self._tell(line.id, self.jobs[index], error)
+        assert said is not None
+        return shared.model_copy(update={"location": said.audio.location})
+
+    async def _tell(self, line: str, job: Job, end: Said | NanoGPTError) -> ManifestRow:
+        """Make the row of a line, with what its job has cost in all its tries."""
+        if isinstance(end, NanoGPTError):
+            self.may_go_better |= may_go_better(end)
+            if end.code == COST_LIMIT_EXCEEDED:
+                return ManifestRow(id=line, outcome=NOT_SUBMITTED, detail=end.message, job=job.id)
+            if self._stopped_by is None and _stops_submissions(end):
+                self._stopped_by = end
+                run_logger().warning("No further lines are submitted: %s", end)
+        elif job.id not in self._entries:  # there was no try before
+            return _completed(line, job.id, end.audio, end.audio.cost, end.audio.currency)
+        cost, currency = None, None
+        try:
+            entry = await self._ledger.run(self._ledger.entry, job.id)
+            currency, cost = _main(await self._ledger.run(self._ledger.costs, entry))
+        except StorageError as unreadable:
+            run_logger().warning("What line %s has cost cannot be read: %s", line, unreadable)
+        if isinstance(end, Said):
+            return _completed(line, job.id, end.audio, cost, currency)
         return ManifestRow(
-            id=line.id,
-            outcome=COMPLETED,
-            location=audio.location,
-            sha256=audio.sha256,
-            size_bytes=audio.size_bytes,
-            duration_seconds=audio.duration_seconds,
-            cost=audio.cost,
-            currency=audio.currency,
-            ticket=audio.ticket,
-            request=request,
+            id=line,
+            outcome=end.code,
+            detail=end.message,
+            cost=cost,
+            currency=currency,
+            ticket=end.ticket,
+            job=job.id,
         )
 
-    def _stop(self, reason: str) -> None:
-        if self._stopped_by is None:
-            self._stopped_by = reason
-            get_run_logger().warning("No further lines are submitted: %s", reason)
+    async def tell_from_ledger(self, reasons: Sequence[str | None]) -> None:
+        """Tell from the ledger what others have done about the lines; where it knows nothing, why that may be."""
+        self.may_go_better = True
+        entries = await self._ledger.run(self._ledger.entries)
+        for job_id, (first, *others) in self.todo.items():
+            line, job, entry = self.lines[first].id, self.jobs[first], entries.get(job_id) or Entry(job_id)
+            currency, cost = _main(await self._ledger.run(self._ledger.costs, entry))
+            if (said := await find(job, self._terms, entry)) is not None:
+                self._rows[line] = _completed(line, job_id, said.audio, cost, currency)
+            else:
+                note: dict[str, Any] = {
+                    "code": UNFINISHED if entry.is_open else NOT_SUBMITTED,
+                    "message": reasons[first],
+                }
+                if entry.over is not None:
+                    note = await self._ledger.run(self._ledger.read_note, job_id, entry.last, f"over-{entry.over}")
+                outcome = note.get("code", NanoGPTError.default_code)
+                self._rows[line] = ManifestRow(
+                    id=line, outcome=outcome, detail=note.get("message"), cost=cost, currency=currency, job=job_id
+                )
+            for index in others:
+                self._rows[self.lines[index].id] = await self._row_like(line, index, job_id)
+
+    async def finish(self) -> list[ManifestRow]:
+        """Write the manifest and the table, and give the rows in the order of the lines."""
+        if not self._is_shard:
+            await self._ledger.run(self._manifest.write, self.lines, self._rows)
+        await self._show()
+        return [self._rows[line.id] for line in self.lines if line.id in self._rows]
+
+    async def _show(self) -> None:
+        """Write the table of lines: failures first, and not more than a page can take."""
+        rows = [self._rows[line.id] for line in self.lines if line.id in self._rows]
+        shown = sorted(rows, key=lambda row: row.is_completed)[:ROWS_SHOWN]
+        destination = self._ledger.destination
+        completed = sum(row.is_completed for row in rows)
+        parts = [f"{completed} of {len(self.lines)} lines have audio, {_charged(rows)} charged."]
+        if len(shown) < len(rows):
+            parts.append(f"The first {len(shown)} are shown; {destination.location_of(FILE_NAME)} has them all.")
+        if self._replaced:
+            parts.append(f"{self._replaced} lines have {KEPT_BESIDE}")
+        if completed < len(self.lines):
+            parts.append(
+                f"To do what is missing, run the batch again with save_to={destination.save_to}: what is paid for is "
+                "found, and not paid for again."
+            )
+        await self._table.show([_shown(row) for row in shown], " ".join(parts))
+
+
+def _completed(line: str, job: str, audio: AudioFile, cost: Decimal | None, currency: str | None) -> ManifestRow:
+    told = audio.model_dump(include={"location", "sha256", "size_bytes", "duration_seconds"})
+    return ManifestRow(
+        id=line, outcome=COMPLETED, cost=cost, currency=currency or audio.currency, ticket=audio.ticket, job=job, **told
+    )
+
+
+def _main(costs: Mapping[str | None, Decimal]) -> tuple[str | None, Decimal | None]:
+    """Give the currency of a row and what was charged in it; the ledger has the others."""
+    return next(iter(costs.items()), (None, None))
+
+
+def _shown(row: ManifestRow) -> dict[str, str]:
+    return {
+        "line": row.id,
+        "outcome": row.outcome,
+        "audio or reason": row.location or textwrap.shorten(row.detail or "", DETAIL_SHOWN, placeholder="…"),
+        "seconds": f"{row.duration_seconds:.1f}" if row.duration_seconds is not None else "",
+        "cost": f"{row.cost:f} {row.currency or ''}".strip() if row.cost is not None else "",
+        "run id": row.ticket.run_id if row.ticket else "",
+    }
 
 
 class _Progress:
     """The progress artifact, brought up to date every few seconds."""
 
-    def __init__(self, key: str, lines: int, done: int) -> None:
+    def __init__(self, key: str, lines: int) -> None:
+        self.done = 0
         self._key = key
         self._lines = lines
-        self._done = done
         self._failed = 0
         self._artifact: UUID | None = None
-        self._shown = -PROGRESS_SECONDS
+        self._shown = time.monotonic()
 
-    async def step(self, *, failed: bool) -> None:
-        """Count a line."""
-        self._done += 1
+    async def step(self, *, failed: bool) -> bool:
+        """Count a line, and say whether it is time to show what is done."""
+        self.done += 1
         self._failed += failed
         now = time.monotonic()
-        if now - self._shown < PROGRESS_SECONDS and self._done < self._lines:
-            return
+        if now - self._shown < PROGRESS_SECONDS and self.done < self._lines:
+            return False
         self._shown = now
-        what = f"{self._done} of {self._lines} lines, {self._failed} without audio"
-        get_run_logger().info("%s.", what)
-        share = 100.0 * self._done / self._lines
-        if self._artifact is None:
-            self._artifact = await quietly(
-                acreate_progress_artifact(progress=share, key=f"{self._key}-progress", description=what)
-            )
-        else:
+        what = f"{self.done} of {self._lines} lines, {self._failed} without audio"
+        run_logger().info("%s.", what)
+        share = 100.0 * self.done / self._lines
+        if self._artifact is not None:
             await quietly(aupdate_progress_artifact(self._artifact, share, what))
+        else:
+            new = acreate_progress_artifact(progress=share, key=f"{self._key}-progress", description=what)
+            self._artifact = await quietly(new)
+        return self.done < self._lines
 
 
-def _stops_all(error: NanoGPTError) -> bool:
-    """Whether every further line would meet the same error: no key, no money, no quota or no place for the audio."""
-    if isinstance(error, CredentialsError | StorageError):
-        return True
-    return error.http_status in (401, 402) or (error.http_status == 429 and not error.retryable)
+def _stops_everything(error: NanoGPTError) -> bool:
+    """Whether not even what is paid for can be fetched: no key, or no place for the audio."""
+    return isinstance(error, CredentialsError | StorageError) or error.http_status == httpx.codes.UNAUTHORIZED
+
+
+def _stops_submissions(error: NanoGPTError) -> bool:
+    """Whether every further submission would meet the same error: no key, no place, no money or no quota."""
+    over_quota = error.http_status == httpx.codes.TOO_MANY_REQUESTS and not error.retryable
+    return _stops_everything(error) or over_quota or error.http_status == httpx.codes.PAYMENT_REQUIRED
+
+
+def _charged(rows: Sequence[ManifestRow]) -> str:
+    """Sum up what was charged, each currency by itself. Refunds are not counted: only the balance tells of them."""
+    sums: dict[str, Decimal] = {}
+    for row in rows:
+        if row.cost is not None:
+            sums[row.currency or "USD"] = sums.get(row.currency or "USD", Decimal(0)) + row.cost
+    return ", ".join(f"{cost:f} {currency}" for currency, cost in sums.items()) or "nothing known to be"
 
 
 def _partial(rows: list[ManifestRow]) -> BatchPartial:
@@ -519,28 +506,3 @@ def _partial(rows: list[ManifestRow]) -> BatchPartial:
     )
     error.rows = rows
     return error
-
-
-async def _show(key: str, rows: list[ManifestRow]) -> None:
-    """Write the table of lines: failures first, and not more than a page can take."""
-    shown = sorted(rows, key=lambda row: row.is_completed)[:ROWS_SHOWN]
-    table = [
-        {
-            "line": row.id,
-            "outcome": row.outcome,
-            "audio or reason": row.location or textwrap.shorten(row.detail or "", DETAIL_SHOWN, placeholder="…"),
-            "seconds": f"{row.duration_seconds:.1f}" if row.duration_seconds is not None else "",
-            "cost": f"{row.cost:f} {row.currency or ''}".strip() if row.cost is not None else "",
-            "run id": row.ticket.run_id if row.ticket else "",
-        }
-        for row in shown
-    ]
-    completed = sum(row.is_completed for row in rows)
-    rest = f" The first {len(shown)} are shown; the manifest has them all." if len(shown) < len(rows) else ""
-    await quietly(
-        acreate_table_artifact(
-            table,
-            key=key,
-            description=f"{completed} of {len(rows)} lines have audio, {_charged(rows):f} charged.{rest}",
-        )
-    )

@@ -1,90 +1,97 @@
-"""Tickets whose runs ended too early: look at each once more, and settle what can be settled.
-
-The reports of the runs are the ledger. As long as neither audio nor a rejection is known, a report carries its ticket
-in its metadata; whoever settles the ticket writes so into the same report, and then it carries none.
-"""
-
-from __future__ import annotations
+"""Jobs that are paid for and that nobody has seen to their end: poll each once more, and settle what can be settled."""
 
 import asyncio
-from collections import defaultdict
+import json
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Annotated, Final, Literal, cast
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, TypeAlias, cast
 
+import httpx
 from prefect import flow
-from prefect.artifacts import acreate_table_artifact
 from prefect.client.orchestration import get_client
-from prefect.client.schemas import FlowRun
-from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
-from prefect.client.schemas.objects import Artifact
-from prefect.client.schemas.sorting import ArtifactSort
-from prefect.logging import get_run_logger
-from pydantic import BaseModel, ValidationError
+from prefect.client.schemas.filters import FlowFilter, FlowRunFilter, TaskRunFilter
+from pydantic import BaseModel
 
-from prefect_nanogpt.credentials import NanoGPTCredentials, nanogpt_client
-from prefect_nanogpt.errors import NanoGPTError, TTSJobRejected
-from prefect_nanogpt.flows.ending import failed
+from prefect_nanogpt.client import NanoGPTClient
+from prefect_nanogpt.credentials import nanogpt_client
+from prefect_nanogpt.errors import NanoGPTError, ProviderError, StorageError, SubmissionUncertain, TTSJobRejected
+from prefect_nanogpt.events import RunReference, run_logger
+from prefect_nanogpt.flows.ending import PLAIN_JSON, failed, keep_result
 from prefect_nanogpt.flows.forms import ArtifactKey, Credentials, titled
-from prefect_nanogpt.flows.wait import of_ticket
-from prefect_nanogpt.models import AudioFile, Completed, Rejected, Ticket
-from prefect_nanogpt.report import OPEN_TICKET, OPEN_UNTIL, SAVE_TO, Report
-from prefect_nanogpt.storage import Destination, file_stem
-from prefect_nanogpt.tasks.audio import save_audio
-from prefect_nanogpt.tasks.status import get_tts_status, rejection
+from prefect_nanogpt.job import Said, Terms, settle
+from prefect_nanogpt.ledger import Entry, Job, Ledger
+from prefect_nanogpt.models import Ticket
+from prefect_nanogpt.report import Report, TableReport, quietly
+from prefect_nanogpt.storage import Destination
+from prefect_nanogpt.tasks.ledgers import LABEL
+from prefect_nanogpt.tasks.say import PlainSteps
 
 __all__ = ["CollectedTicket", "collect_open_tickets"]
 
-LOOKS_AT_ONCE: Final = 8
+JOBS_AT_ONCE: Final = 8
+REQUESTS_PER_SECOND: Final = 10.0
+POLL_DELAYS_SECONDS: Final = (1.0,)
+"""What cannot be polled now is polled by the next collection."""
 PAGE: Final = 200
-GRACE: Final = timedelta(minutes=5)
-"""A run that is still said to be running so long after its deadline has lost its process."""
+OWN_FLOWS: Final = ["text-to-speech", "text-to-speech-batch", "wait-for-tts"]
+
+Outcome: TypeAlias = Literal["saved", "rejected", "lost", "pending", "uncertain", "failed", "unreachable"]
 
 
 class CollectedTicket(BaseModel):
-    """What became of an open ticket.
+    """What became of an open job.
 
     Attributes:
-        run_id: The provider's id of the job.
+        outcome: `saved`; `rejected` by the provider; `lost` (the provider does not know it any more); `pending` (left
+            for the next time); `uncertain` (nobody knows whether it was accepted); `failed` (could not be polled or
+            saved now); `unreachable` (its ledger is in a folder that this machine does not have).
+        detail: Where the audio is, or the code and the reason.
+        run_id: The provider's id of the job; None for a model that answers at once.
         model: The model of the job.
         cost: What was charged, in the unit of the payment source.
-        outcome: `saved`, `rejected`, `pending` (left for the next time) or `failed` (could not be looked at or saved).
-        detail: Where the audio is, or the code and the reason.
-        flow_runs: The names of the runs that ended with this ticket open.
+        flow_runs: The names of the runs that submitted it or waited for it.
     """
 
-    run_id: str
-    model: str
-    cost: Decimal | None
-    outcome: Literal["saved", "rejected", "pending", "failed"]
+    outcome: Outcome
     detail: str
+    run_id: str | None = None
+    model: str | None = None
+    cost: Decimal | None = None
     flow_runs: list[str]
 
 
 @flow(
     name="collect-open-tickets",
-    description="Look once at each job whose run ended without audio or rejection, and settle it.",
+    description="Poll each job once that is paid for and has no end yet, and settle it.",
     flow_run_name="collect-open-tickets",
-    persist_result=True,
+    persist_result=False,
+    result_serializer=PLAIN_JSON,
 )
 async def collect_open_tickets(
     credentials: Credentials = None,
-    lookback_days: Annotated[float, titled("Look back, in days", gt=0)] = 7.0,
+    folders: Annotated[Sequence[str], titled("Folders")] = (),
+    lookback_days: Annotated[float, titled("Look back, in days", gt=0, allow_inf_nan=False)] = 7.0,
     artifact_key: ArtifactKey = "tts-open-tickets",
 ) -> list[CollectedTicket]:
-    """Settle the jobs that were paid for and whose runs timed out, crashed or were cancelled. Made to be scheduled.
+    """Settle the jobs that were paid for and that no run has seen to their end. Made to be scheduled.
 
-    Each is looked at once, which is also what asks the provider for the refund of a rejected job. Audio that is ready
-    goes to where its run would have saved it. The report of the run is brought up to date, so that the next collection
-    passes it over; what is still under way is left for the next time.
+    The ledgers of the named folders are read, and those of every run that used this package in the look-back. Each
+    open job is polled once, whichever way it came about (a text, a part, a line, a ticket) and whatever its run is
+    doing; that is also what asks the provider for the refund of a rejected job. Audio that is ready goes to where its
+    run would have saved it. What is still under way is left for the next time. Nothing is submitted.
 
     Args:
-        credentials: The credentials; None for the saved block `default`, or else the environment.
-        lookback_days: How long ago a run may have started, in days.
+        credentials: The credentials; None for the environment, or else the saved block `default`.
+        folders: Folders, URLs or blocks to look in besides those that runs have used, as their `save_to` named them.
+        lookback_days: How long ago a run may have started whose ledger is looked at, in days.
         artifact_key: The key of the table of what was found and done.
 
     Returns:
-        What became of each open ticket, in the order of their runs, latest first.
+        What became of each open job.
 
     Raises:
         CredentialsError: There is no usable API key.
@@ -96,117 +103,160 @@ async def collect_open_tickets(
         collect_open_tickets.serve(name="hourly", cron="0 * * * *")
         ```
     """
+    keep_result()
     try:
-        found = await _open_reports(datetime.now(UTC) - timedelta(days=lookback_days))
-        get_run_logger().info("%d open tickets.", len(found))
-        gate = asyncio.Semaphore(LOOKS_AT_ONCE)
-        async with nanogpt_client(credentials):
-            collected = await asyncio.gather(
-                *(_collect(ticket, reports, credentials, gate) for ticket, reports in found)
-            )
+        places = await _places(folders, datetime.now(UTC) - timedelta(days=lookback_days))
+        async with nanogpt_client(credentials) as client:
+            client.requests_per_second = REQUESTS_PER_SECOND
+            rows: list[CollectedTicket] = []
+            found: list[_Open] = []
+            for place, machine in places.items():
+                try:
+                    home = await asyncio.to_thread(Destination, place)
+                    found += await home.run(_open_jobs, home, machine, client.base_url)
+                except NanoGPTError as error:
+                    rows.append(CollectedTicket(outcome="unreachable", detail=str(error), flow_runs=[]))
+            run_logger().info("%d open jobs in %d ledgers.", len(found), len(places))
+            gate = asyncio.Semaphore(JOBS_AT_ONCE)
+            rows += await asyncio.gather(*(_collect(same, client, gate) for same in _by_run_id(found)))
     except NanoGPTError as error:
         return cast(list[CollectedTicket], await failed(error, final=not error.retryable))
-    await acreate_table_artifact(
-        table=[row.model_dump(mode="json") for row in collected],
-        key=artifact_key,
-        description=f"{len(collected)} open tickets",
+    await TableReport(artifact_key).show(
+        [
+            {
+                "outcome": row.outcome,
+                "detail": row.detail,
+                "run id": row.run_id or "",
+                "model": row.model or "",
+                "cost": f"{row.cost:f}" if row.cost is not None else "",
+                "runs": ", ".join(row.flow_runs),
+            }
+            for row in rows
+        ],
+        f"{len(rows)} open jobs",
     )
-    return collected
+    return rows
 
 
-class _OpenReport(BaseModel):
-    """A report that carries an open ticket, and the run that it belongs to."""
-
-    artifact: Artifact
-    flow_run: FlowRun
-    save_to: str
-
-
-async def _open_reports(since: datetime) -> list[tuple[Ticket, list[_OpenReport]]]:
-    """Find the reports of ended runs that still carry their ticket; several runs may have waited for the same one."""
-    tickets: dict[str, Ticket] = {}
-    reports: dict[str, list[_OpenReport]] = defaultdict(list)
+async def _places(folders: Sequence[str], since: datetime) -> dict[str, str | None]:
+    """Find the folders that have ledgers, and on which machine each was used."""
+    places: dict[str, str | None] = {Destination(folder).save_to: None for folder in folders}
+    filters: list[dict[str, Any]] = [{"flow_filter": FlowFilter(name={"any_": OWN_FLOWS})}]
+    # Tasks in flows of other people's, and our flows under other names.
+    filters += [{"task_run_filter": TaskRunFilter(name={"like_": name})} for name in ("submit-tts", "poll", "say-")]
+    started = FlowRunFilter(start_time={"after_": since})
     async with get_client() as client:
-        offset = 0
-        while page := await client.read_artifacts(
-            artifact_filter=ArtifactFilter(type={"any_": ["markdown"]}),
-            flow_run_filter=FlowRunFilter(
-                state={"type": {"any_": ["FAILED", "CRASHED", "CANCELLED", "RUNNING"]}},
-                start_time={"after_": since},
-            ),
-            sort=ArtifactSort.CREATED_DESC,
-            limit=PAGE,
-            offset=offset,
-        ):
-            offset += len(page)
-            for artifact in page:
-                metadata = artifact.metadata_ or {}
-                if OPEN_TICKET not in metadata or artifact.flow_run_id is None:
-                    continue
-                flow_run = await client.read_flow_run(artifact.flow_run_id)
-                if _may_be_alive(flow_run, metadata):
-                    continue
-                try:
-                    ticket = Ticket.model_validate_json(metadata[OPEN_TICKET])
-                except ValidationError:
-                    get_run_logger().warning("The report of run %s has a ticket that cannot be read.", flow_run.name)
-                    continue
-                tickets.setdefault(ticket.run_id, ticket)
-                reports[ticket.run_id].append(
-                    _OpenReport(artifact=artifact, flow_run=flow_run, save_to=metadata.get(SAVE_TO, "audio"))
-                )
-    return [(ticket, reports[run_id]) for run_id, ticket in tickets.items()]
+        for filter in filters:
+            offset = 0
+            while page := await client.read_flow_runs(flow_run_filter=started, limit=PAGE, offset=offset, **filter):
+                offset += len(page)
+                for label, value in [item for flow_run in page for item in flow_run.labels.items()]:
+                    if label.startswith(LABEL):
+                        told = json.loads(str(value))
+                        places.setdefault(told["place"], told["machine"])
+    return places
 
 
-def _may_be_alive(flow_run: FlowRun, metadata: dict[str, str]) -> bool:
-    if flow_run.state is None or not flow_run.state.is_running():
-        return False
-    until = metadata.get(OPEN_UNTIL)
-    return until is None or datetime.now(UTC) < datetime.fromisoformat(until) + GRACE
+@dataclass
+class _Open:
+    """An open job, as its notes tell of it."""
+
+    job: Job
+    entry: Entry
+    ledger: Ledger
+    model: str | None
+    ticket: Ticket | None
+    run: RunReference
+    text: str | None
 
 
-async def _collect(
-    ticket: Ticket, found: list[_OpenReport], credentials: NanoGPTCredentials | None, gate: asyncio.Semaphore
-) -> CollectedTicket:
-    outcome: Literal["saved", "rejected", "pending", "failed"]
-    reports = [
-        Report.of(open.artifact, open.save_to, ticket, text=open.flow_run.parameters.get("text")) for open in found
-    ]
+def _open_jobs(home: Destination, machine: str | None, provider: str) -> list[_Open]:
+    """Read the open jobs of a ledger that are of the API that this run asks. Blocks.
+
+    Raises:
+        StorageError: The ledger cannot be read from here.
+    """
+    if home.is_local and machine not in (None, socket.gethostname()) and not Path(home.root).exists():
+        raise StorageError(f"{home.save_to} is a folder of the machine {machine}: run the collection there as well.")
+    here = Ledger(home)
+    found = []
+    for entry in here.entries().values():
+        if not entry.is_open or (entry.is_in_the_air and here.may_still_be_answered(entry)):
+            continue
+        answer = here.read_note(entry.job, entry.last, "answer")
+        note = {**answer, **here.read_note(entry.job, entry.last, "sent")}
+        if note.get("provider", provider) != provider:
+            run_logger().info("A job of %s is left alone, since this run asks %s.", note["provider"], provider)
+            continue
+        submission = here.submission(entry)
+        ticket = submission if isinstance(submission, Ticket) else None
+        found.append(
+            _Open(
+                job=Job(provider, name=note.get("name"), is_part=bool(note.get("is_part")), noted_as=entry.job),
+                entry=entry,
+                ledger=Ledger(Destination(note["save_to"]), home) if note.get("save_to") else here,
+                model=ticket.model if ticket else note.get("model"),
+                ticket=ticket,
+                run=RunReference.model_validate(note.get("run") or {}),
+                text=note.get("text"),
+            )
+        )
+    return found
+
+
+def _by_run_id(found: Sequence[_Open]) -> list[list[_Open]]:
+    """Put together what is about the same job of the provider's: a text's job, and a wait for its ticket."""
+    groups: dict[str, list[_Open]] = {}
+    for job in found:
+        groups.setdefault(job.ticket.run_id if job.ticket else job.entry.job, []).append(job)
+    return list(groups.values())
+
+
+async def _collect(same: Sequence[_Open], client: NanoGPTClient, gate: asyncio.Semaphore) -> CollectedTicket:
+    first = same[0]
     async with gate:
-        try:
-            audio = await _look_once(ticket, found[0].save_to, credentials)
-        except TTSJobRejected as error:
-            outcome, detail = "rejected", str(error)
-            for report in reports:
-                await report.failed(error)
-        except NanoGPTError as error:
-            outcome, detail = "failed", str(error)
-        else:
-            if audio is None:
-                outcome, detail = "pending", "still under way"
-            else:
-                outcome, detail = "saved", audio.location
-                audio = of_ticket(audio, ticket)
-                for report in reports:
-                    await report.finished(audio, "The audio was collected after the run had ended.")
-    get_run_logger().info("Job %s: %s, %s.", ticket.run_id, outcome, detail)
+        (outcome, detail), *_ = [await _settle(found, client) for found in same]
+    run_id = first.ticket.run_id if first.ticket else None
+    run_logger().info("Job %s: %s, %s", run_id or first.entry.job, outcome, detail)
     return CollectedTicket(
-        run_id=ticket.run_id,
-        model=ticket.model,
-        cost=ticket.cost,
         outcome=outcome,
         detail=detail,
-        flow_runs=[open.flow_run.name for open in found],
+        run_id=run_id,
+        model=first.model,
+        cost=first.ticket.cost if first.ticket else None,
+        flow_runs=sorted({found.run.name for found in same if found.run.name}),
     )
 
 
-async def _look_once(ticket: Ticket, save_to: str, credentials: NanoGPTCredentials | None) -> AudioFile | None:
-    """Give the audio of a job, None while it is under way."""
-    if audio := await Destination(save_to).find(file_stem(ticket.run_id)):
-        return audio
-    status = await get_tts_status.with_options(retries=1)(ticket, credentials)
-    if isinstance(status, Rejected):
-        raise rejection(status, ticket)
-    if not isinstance(status, Completed):
-        return None
-    return await save_audio(status, name=ticket.run_id, save_to=save_to, credentials=credentials)
+async def _settle(found: _Open, client: NanoGPTClient) -> tuple[Outcome, str]:
+    """Poll a job once, note what came of it, and bring the report of its run up to date."""
+    terms = Terms(found.ledger)
+    steps = PlainSteps(terms, client, None, asyncio.Semaphore(), POLL_DELAYS_SECONDS)
+    try:
+        audio = await settle(found.job, terms, steps, found.entry)
+    except SubmissionUncertain as error:
+        return "uncertain", str(error)
+    except NanoGPTError as error:
+        is_lost = error.http_status == httpx.codes.NOT_FOUND and isinstance(error, ProviderError)
+        if is_lost or isinstance(error, TTSJobRejected):
+            await _update_report(found, error)
+            return "lost" if is_lost else "rejected", str(error)
+        return "failed", str(error)
+    if audio is None:
+        return "pending", "Still under way."
+    await _update_report(found, Said(audio))
+    return "saved", audio.location
+
+
+async def _update_report(found: _Open, news: Said | NanoGPTError) -> None:
+    """Tell in the report of the run that submitted a text what became of it."""
+    if found.job.is_part or found.run.id is None:
+        return
+    report = await quietly(Report.of_run(found.run.id, found.ledger.destination.save_to, found.text))
+    if report is None:
+        return
+    report.ticket = found.ticket
+    if isinstance(news, Said):
+        await report.finished(news)
+    else:
+        await report.failed(news)

@@ -1,17 +1,46 @@
-"""How a run of this package ends when it fails: in one place, because Prefect makes it easy to get wrong."""
+"""How a run of this package begins and ends: in one place, because Prefect makes it easy to get wrong."""
 
-from __future__ import annotations
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Final
 
-from typing import Any
-
+import anyio
 from prefect import State
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
+from prefect.exceptions import TerminationSignal
+from prefect.logging.handlers import APILogHandler
+from prefect.serializers import JSONSerializer
 from prefect.states import Failed
 
-from prefect_nanogpt.errors import NanoGPTError
+from prefect_nanogpt.errors import ContentPolicyViolation, NanoGPTError, TTSJobRejected
+from prefect_nanogpt.events import resume_command, run_logger
+from prefect_nanogpt.report import Report
 
-__all__ = ["failed"]
+__all__ = ["PLAIN_JSON", "failed", "keep_result", "may_go_better", "reporting_interruption"]
+
+LAST_WORD_SECONDS: Final = 5.0
+"""A process that is told to stop is killed soon: Prefect gives a cancelled run 30 s, of which a submission that waits
+for its answer may have taken 25."""
+PLAIN_JSON: Final = JSONSerializer(object_encoder="prefect_nanogpt.models.plain", object_decoder=None)
+"""Results that can be read where this package is not installed."""
+
+
+def keep_result() -> None:
+    """Keep the result of a deployment's run for whoever started it, and no other result.
+
+    Prefect would hand the kept results of child runs to a parent that is retried by their position, whatever their
+    parameters; without them the child runs again, and finds in the ledger what is paid for.
+    """
+    context = FlowRunContext.get()
+    if context is not None and context.flow_run is not None and context.flow_run.deployment_id is not None:
+        context.persist_result = True
+
+
+def may_go_better(error: NanoGPTError) -> bool:
+    """Whether another attempt of the run may end otherwise; a job that failed is submitted anew by it."""
+    return error.retryable or (isinstance(error, TTSJobRejected) and not isinstance(error, ContentPolicyViolation))
 
 
 async def failed(error: NanoGPTError, *, final: bool) -> State[Any]:
@@ -38,3 +67,21 @@ async def failed(error: NanoGPTError, *, final: bool) -> State[Any]:
                     raise error
                 await client.update_flow_run(flow_run.id, empirical_policy=policy.model_copy(update={"retries": 0}))
     return Failed(name=error.code, message=str(error), data=error)
+
+
+@asynccontextmanager
+async def reporting_interruption(report: Report, save_to: str) -> AsyncIterator[None]:
+    """Where the run is cancelled or its process told to stop, make how to resume its last word."""
+    try:
+        yield
+    except (asyncio.CancelledError, TerminationSignal):
+        if report.is_begun:
+            with anyio.CancelScope(shield=True), anyio.move_on_after(LAST_WORD_SECONDS):
+                how = f", or: {resume_command(report.ticket, save_to)}" if report.ticket else "."
+                run_logger().warning(
+                    "Stopped while waiting. What is submitted is paid for and goes on. Retry this run%s", how
+                )
+                await report.interrupted()
+                # What ends the process next may be a signal, which leaves nobody to send the logs.
+                await APILogHandler.aflush()
+        raise

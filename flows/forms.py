@@ -1,21 +1,25 @@
 """The parameters as the forms of the Prefect UI show them. Their descriptions come from the flows' docstrings."""
 
-from __future__ import annotations
-
+import os
+from collections.abc import Sequence
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from prefect_nanogpt.credentials import NanoGPTCredentials
 from prefect_nanogpt.models import PollSchedule
 
 __all__ = [
     "ArtifactKey",
+    "CostLimit",
     "Credentials",
     "DocumentedFormat",
     "DocumentedModel",
+    "Resubmitted",
     "SaveTo",
     "Schedule",
+    "Take",
     "TimeoutSeconds",
     "titled",
 ]
@@ -39,8 +43,16 @@ DocumentedModel = Literal[
 ]
 DocumentedFormat = Literal["mp3", "opus", "aac", "flac", "wav"]
 
-SaveTo = Annotated[str, titled("Save to")]
+LONGEST_TIMEOUT_SECONDS = 30 * 24 * 3600
+SaveTo = Annotated[
+    str | os.PathLike[str],
+    BeforeValidator(lambda place: os.fspath(place) if isinstance(place, os.PathLike) else place),
+    WithJsonSchema({"type": "string", "title": "Save to"}),
+]
 Credentials = Annotated[NanoGPTCredentials | None, titled("Credentials")]
-TimeoutSeconds = Annotated[float, titled("Timeout, in seconds", gt=0)]
+TimeoutSeconds = Annotated[float, titled("Timeout, in seconds", gt=0, le=LONGEST_TIMEOUT_SECONDS, allow_inf_nan=False)]
 Schedule = Annotated[PollSchedule, titled("Poll schedule")]
+CostLimit = Annotated[Decimal | None, titled("Cost limit, in USD", ge=0, allow_inf_nan=False)]
+Take = Annotated[int, titled("Take", ge=1)]
+Resubmitted = Annotated[Sequence[Literal["uncertain", "lost", "refused"]], titled("Resubmit")]
 ArtifactKey = Annotated[str, titled("Artifact key", pattern=r"^[a-z0-9-]+$")]

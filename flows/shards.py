@@ -1,9 +1,10 @@
 """A batch in shards: each a run of the deployment on a worker of its own, and one parent that gathers what they did."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from os import fspath
+from os.path import abspath
 from typing import Any, Final
 from uuid import UUID
 
@@ -12,17 +13,20 @@ import httpx
 from prefect import State
 from prefect.client.orchestration import get_client
 from prefect.client.schemas import FlowRun
+from prefect.context import FlowRunContext
 from prefect.deployments import arun_deployment
 from prefect.exceptions import ObjectNotFound, TerminationSignal
 from prefect.logging import get_run_logger
 from prefect.runtime import deployment as this_deployment
 from prefect.runtime import flow_run as this_flow_run
 from prefect.states import Cancelling
+from pydantic_core import to_jsonable_python
 
 from prefect_nanogpt.credentials import NanoGPTCredentials
 from prefect_nanogpt.errors import NanoGPTError
+from prefect_nanogpt.storage import absolute
 
-__all__ = ["DEPLOYMENT", "credentials_for_workers", "run_shards"]
+__all__ = ["DEPLOYMENT", "parameters_of_shards", "run_shards"]
 
 DEPLOYMENT: Final = "text-to-speech-batch/text-to-speech-batch"
 """The deployment in `prefect.yaml`, for a batch that is not started as a deployment itself."""
@@ -47,6 +51,38 @@ def credentials_for_workers(credentials: NanoGPTCredentials | None) -> dict[str,
             code="CREDENTIALS_NOT_SAVED",
         )
     return {"$ref": {"block_document_id": str(credentials._block_document_id)}}
+
+
+def parameters_of_shards(
+    limits: Mapping[int, Decimal | None], shards: int, credentials: NanoGPTCredentials | None
+) -> dict[int, dict[str, Any]]:
+    """Give the parameters of each shard's run: those of this run, with its share of what is limited.
+
+    Args:
+        limits: What each shard may spend in all, in USD, by its number.
+        shards: How many shards there are, whether or not all have something to do.
+        credentials: The credentials of this run.
+    """
+    context = FlowRunContext.get()
+    assert context is not None
+    whole = {name: value for name, value in (context.parameters or {}).items() if name != "credentials"}
+    # A shard's process runs in another folder.
+    whole["save_to"] = absolute(fspath(whole["save_to"]))
+    if isinstance(whole["lines"], str) and "://" not in whole["lines"]:
+        whole["lines"] = abspath(whole["lines"])
+    whole["credentials"] = credentials_for_workers(credentials)
+    plain: dict[str, Any] = to_jsonable_python(whole)
+    return {
+        number: {
+            **plain,
+            "max_in_flight": max(1, plain["max_in_flight"] // len(limits)),
+            "requests_per_second": plain["requests_per_second"] / len(limits),
+            "max_cost": None if limit is None else str(limit),
+            "shards": shards,
+            "shard": number,
+        }
+        for number, limit in limits.items()
+    }
 
 
 async def run_shards(parameters: Mapping[int, Mapping[str, Any]], deployment: str | None) -> dict[int, State[Any]]:

@@ -1,7 +1,7 @@
-"""One Prefect task per step: submit a job, look at it, save its audio."""
+"""One Prefect task per step: submit a job, poll it, save its audio."""
 
 from prefect_nanogpt.tasks.audio import save_audio
-from prefect_nanogpt.tasks.status import get_tts_status, wait_for_job
+from prefect_nanogpt.tasks.status import get_tts_status
 from prefect_nanogpt.tasks.submit import submit_tts
 
-__all__ = ["get_tts_status", "save_audio", "submit_tts", "wait_for_job"]
+__all__ = ["get_tts_status", "save_audio", "submit_tts"]

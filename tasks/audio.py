@@ -1,27 +1,27 @@
 """Saving a finished job's audio, as a task."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
+from os import PathLike
 from typing import Any, Final
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from prefect_nanogpt.client import NanoGPTClient
 from prefect_nanogpt.credentials import NanoGPTCredentials, nanogpt_client
+from prefect_nanogpt.errors import AudioError
 from prefect_nanogpt.models import AudioContent, AudioFile, Completed
 from prefect_nanogpt.storage import Destination, file_stem
-from prefect_nanogpt.tasks.labels import named_by_step
 from prefect_nanogpt.tasks.retries import JITTER, may_help
 
-__all__ = ["save_audio"]
+__all__ = ["download_to", "save_audio", "save_content"]
 
 RETRY_DELAYS_SECONDS: Final[list[float]] = [1, 4, 15]
 
 
 @task(
     name="save-audio",
-    task_run_name=named_by_step("save"),
+    task_run_name="save {name}",
     description="Download a finished job's audio, verify it, and move it into place.",
     retries=len(RETRY_DELAYS_SECONDS),
     retry_delay_seconds=RETRY_DELAYS_SECONDS,
@@ -33,12 +33,13 @@ RETRY_DELAYS_SECONDS: Final[list[float]] = [1, 4, 15]
 async def save_audio(
     audio: Completed | AudioContent,
     name: str,
-    save_to: str = "audio",
+    save_to: str | PathLike[str] = "audio",
     credentials: NanoGPTCredentials | None = None,
 ) -> AudioFile:
     """Save the audio of a finished job: streamed, verified, and in its place only when whole.
 
-    The audio host gets no API key. What is not audio, empty or cut short never gets the final name.
+    The audio host gets no API key. What is not audio, empty or cut short never gets the final name. Other audio that
+    has the name is kept beside, as `<name>.<first letters of its digest>.<extension>`.
 
     Args:
         audio: The finished job, as `get_tts_status` or `submit_tts` returned it.
@@ -65,14 +66,33 @@ async def save_audio(
             return await save_audio(status, name=ticket.run_id) if isinstance(status, Completed) else None
         ```
     """
-    destination = Destination(save_to)
+    place = Destination(save_to)
     stem = file_stem(name)
     if isinstance(audio, AudioContent):
-        return await destination.save(_only(audio.content), stem)
-    async with nanogpt_client(credentials) as client, client.download(audio.audio_url) as response:
+        return await save_content(audio, stem, place)
+    async with nanogpt_client(credentials) as client:
+        return await download_to(place, client, audio, stem)
+
+
+async def save_content(audio: AudioContent, stem: str, place: Destination) -> AudioFile:
+    """Save audio that came as the answer to a submission. What is wrong with it stays wrong, however often tried."""
+
+    async def content() -> AsyncIterator[bytes]:
+        yield audio.content
+
+    try:
+        return await place.save(content(), stem)
+    except AudioError as error:
+        error.retryable = False
+        raise
+
+
+async def download_to(place: Destination, client: NanoGPTClient, audio: Completed, stem: str) -> AudioFile:
+    """Download audio into a folder."""
+    async with client.download(audio.audio_url) as response:
         encoded = "content-encoding" in response.headers
         length = response.headers.get("content-length")
-        saved = await destination.save(
+        saved = await place.save(
             response.aiter_bytes(),
             stem,
             expected_bytes=int(length) if length and not encoded else None,
@@ -81,7 +101,3 @@ async def save_audio(
     if saved.duration_seconds is None:
         announced["duration_seconds"] = audio.duration_seconds
     return saved.model_copy(update=announced)
-
-
-async def _only(content: bytes) -> AsyncIterator[bytes]:
-    yield content

@@ -1,17 +1,18 @@
-"""When a task of this package is tried again."""
-
-from __future__ import annotations
+"""When a step is tried again: one rule, for Prefect's retries and for plain calls."""
 
 import asyncio
-from typing import Any, Final
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, TypeVar
 
 from prefect import State, Task
 from prefect.client.schemas import TaskRun
 
 from prefect_nanogpt.errors import NanoGPTError
 
-__all__ = ["JITTER", "LONGEST_RETRY_AFTER_SECONDS", "is_worth_another_try", "may_help"]
+__all__ = ["JITTER", "LONGEST_RETRY_AFTER_SECONDS", "is_worth_another_try", "may_help", "with_retries"]
 
+R = TypeVar("R")
 JITTER: Final = 0.3
 LONGEST_RETRY_AFTER_SECONDS: Final = 60.0
 NOT_FOUND_ATTEMPTS: Final = 4
@@ -29,6 +30,21 @@ async def may_help(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -
     if error.retry_after_seconds is not None:
         await asyncio.sleep(error.retry_after_seconds)
     return True
+
+
+async def with_retries(call: Callable[[], Awaitable[R]], delays: Sequence[float]) -> R:
+    """Make a call as a task with these retry delays, in seconds, would."""
+    attempts = 0
+    while True:
+        try:
+            return await call()
+        except NanoGPTError as error:
+            attempts += 1
+            if attempts > len(delays) or not is_worth_another_try(error, attempts):
+                raise
+            await asyncio.sleep(
+                (error.retry_after_seconds or 0) + delays[attempts - 1] * (1 + JITTER * random.random())
+            )
 
 
 def is_worth_another_try(error: NanoGPTError, attempts: int) -> bool:

@@ -1,4 +1,4 @@
-"""NanoGPT's text-to-speech API over HTTP: submit, look, download. Nothing of Prefect, and no retries.
+"""NanoGPT's text-to-speech API over HTTP: submit, poll, download. Nothing of Prefect, and no retries.
 
 Every failure becomes one of `prefect_nanogpt.errors`, which says whether repeating the call can help.
 """
@@ -6,21 +6,25 @@ Every failure becomes one of `prefect_nanogpt.errors`, which says whether repeat
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextvars
 import ipaddress
 import json
 import math
 import platform
 import socket
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
 from email.utils import parsedate_to_datetime
 from http.cookiejar import DefaultCookiePolicy
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
+import anyio
 import httpx
 
 from prefect_nanogpt import __version__
@@ -29,6 +33,7 @@ from prefect_nanogpt.errors import (
     AudioError,
     ContentPolicyViolation,
     CredentialsError,
+    NothingSent,
     ProviderError,
     SubmissionUncertain,
 )
@@ -45,8 +50,9 @@ from prefect_nanogpt.models import (
     parse_submission,
 )
 
-__all__ = ["DEFAULT_BASE_URL", "NanoGPTClient"]
+__all__ = ["DEFAULT_BASE_URL", "NanoGPTClient", "in_own_thread"]
 
+R = TypeVar("R")
 DEFAULT_BASE_URL: Final = "https://nano-gpt.com/api"
 
 STATUS_TIMEOUT: Final = httpx.Timeout(30.0, connect=10.0, pool=None)
@@ -63,9 +69,15 @@ _MOVED: Final = frozenset({301, 307, 308})
 _NOTHING_SENT: Final = (
     httpx.ConnectError,
     httpx.ConnectTimeout,
+    httpx.LocalProtocolError,
     httpx.PoolTimeout,
+    httpx.ProxyError,
     httpx.UnsupportedProtocol,
 )
+UNREACHABLE: Final = "PROVIDER_UNREACHABLE"
+LAST_WORD_SECONDS: Final = 25.0
+"""How long a process that is being stopped waits for the answer to a submission: Prefect kills it after 30 s."""
+ONE_INTERRUPTION_SECONDS: Final = 1.0
 
 
 class NanoGPTClient:
@@ -77,6 +89,7 @@ class NanoGPTClient:
     Args:
         api_key: The NanoGPT API key.
         base_url: The root of the API, without a trailing slash.
+        key_source: Where the key comes from, to be named when it is refused.
 
     Attributes:
         requests_per_second: How many requests to make to the API, at most; None for no limit.
@@ -89,11 +102,12 @@ class NanoGPTClient:
         ...     status = await client.status(ticket)
     """
 
-    def __init__(self, api_key: str, base_url: str = DEFAULT_BASE_URL) -> None:
+    def __init__(self, api_key: str, base_url: str = DEFAULT_BASE_URL, *, key_source: str | None = None) -> None:
         api_key = api_key.strip()
         if not api_key or not (api_key.isascii() and api_key.isprintable()) or " " in api_key:
             raise CredentialsError("The NanoGPT API key is empty or has characters that no key has.")
         self.base_url = base_url.rstrip("/")
+        self._key_source = key_source
         user_agent = f"prefect-nanogpt/{__version__} Python/{platform.python_version()}"
         ssl_context = httpx.create_ssl_context()
         self._api = httpx.AsyncClient(
@@ -101,6 +115,7 @@ class NanoGPTClient:
             timeout=STATUS_TIMEOUT,
             verify=ssl_context,
         )
+        self._submissions = httpx.Client(headers=self._api.headers, timeout=SUBMIT_TIMEOUT, verify=ssl_context)
         self._audio = httpx.AsyncClient(
             headers={"user-agent": user_agent, "accept": "audio/*, */*;q=0.1", "accept-encoding": "identity"},
             timeout=STATUS_TIMEOUT,
@@ -126,10 +141,11 @@ class NanoGPTClient:
     async def aclose(self) -> None:
         """Close all connections."""
         await self._api.aclose()
+        self._submissions.close()
         await self._audio.aclose()
 
     @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
+    async def turn(self) -> AsyncIterator[None]:
         """Wait for a place among the requests to the API, which are evenly spaced where they are limited."""
         async with self._api_gate:
             if self.requests_per_second is not None:
@@ -139,11 +155,24 @@ class NanoGPTClient:
                 await asyncio.sleep(turn - now)
             yield
 
-    async def submit(self, request: TTSRequest) -> Submission:
-        """Submit a job, once. What is accepted is charged at once, and the provider knows no idempotency key.
+    def build(self, request: TTSRequest) -> httpx.Request:
+        """Make the HTTP request of a submission, so that whatever is wrong with it is known before it is sent."""
+        return self._submissions.build_request(
+            "POST",
+            f"{self.base_url}/tts",
+            content=request.content(),
+            headers={"content-type": "application/json"},
+        )
+
+    def post(self, built: httpx.Request, model: str) -> Submission:
+        """Send a submission, once, and block until it is answered.
+
+        It blocks because nothing in the event loop may interrupt it: whoever gives up waiting for the answer loses a
+        ticket that is paid for. What is accepted is charged at once, and the provider knows no idempotency key.
 
         Args:
-            request: What to say, and how.
+            built: The request that `build` made.
+            model: The model asked for, for answers that do not name it.
 
         Returns:
             A ticket, or the finished audio (as a URL, or as bytes) from models that answer at once.
@@ -152,48 +181,60 @@ class NanoGPTClient:
             SubmissionUncertain: It is not known whether the provider accepted the job: the connection broke after the
                 request had left, the answer was a server error, or it could not be understood.
             ContentPolicyViolation: The provider refused the text; nothing was accepted.
-            ProviderError: Nothing was accepted. `retryable` only where no connection was made, or on a throughput 429.
+            NothingSent: No byte of the request left.
+            ProviderError: Nothing was accepted. `retryable` only on a throughput 429.
         """
         try:
-            async with self._turn():
-                response = await self._api.post(f"{self.base_url}/tts", json=request.body(), timeout=SUBMIT_TIMEOUT)
+            response = self._submissions.send(built)
         except _NOTHING_SENT as error:
-            raise self._unreachable(error) from None
+            raise NothingSent(
+                f"{self.base_url} could not be reached ({_words(error)}).", code=UNREACHABLE, retryable=True
+            ) from None
         except httpx.HTTPError as error:
             raise SubmissionUncertain(
                 f"The connection to {self.base_url} broke after the request had left ({_words(error)})."
             ) from None
         if 400 <= response.status_code < 500 and response.status_code != 408:
-            refusal = _answered_error(response)
+            refusal = self._answered(response)
             refusal.retryable = refusal.retryable and response.status_code == 429
             raise refusal
         if response.status_code in _MOVED:
-            raise _answered_error(response)
+            raise self._answered(response)
         if not response.is_success:
-            said = _answered_error(response)
+            said = self._answered(response)
             raise SubmissionUncertain(
                 f"The provider answered the submission with HTTP {response.status_code}: {said.message}",
                 http_status=response.status_code,
                 request_id=said.request_id,
             )
         content_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
-        body = _json_in(response)
         is_text = content_type.startswith("text/") or response.content.lstrip()[:1] in (b"", b"<", b"{", b"[")
         if not is_text and content_type != "application/json":
             return AudioContent(content=response.content, content_type=content_type or None)
+        body = _json_in(response)
         try:
             if not isinstance(body, dict):
                 raise ValueError("the answer is not a JSON object")
-            return parse_submission(body, request)
+            return parse_submission(body, model)
         except ValueError as error:
-            code, message = error_in(body)
-            if code or message:
-                raise _rejection(code, message or "", response) from None
+            # Whatever else such an answer says, it does not say that nothing was charged.
+            _, message = error_in(body)
+            words = f" It says: {message}" if message else ""
             raise SubmissionUncertain(
-                f"The provider answered HTTP {response.status_code}, but {_first_line(error)}.",
+                f"The provider answered HTTP {response.status_code}, but {_first_line(error)}.{words}",
                 http_status=response.status_code,
                 request_id=_request_id(response),
             ) from None
+
+    async def submit(self, request: TTSRequest) -> Submission:
+        """Submit a job, once, without a record of it. `submit_tts` keeps one.
+
+        Raises:
+            NanoGPTError: As `post` does.
+        """
+        built = self.build(request)
+        async with self.turn():
+            return await in_own_thread(lambda: self.post(built, request.model))
 
     async def status(self, ticket: Ticket) -> TTSStatus:
         """Look at a job, once. Free of charge.
@@ -211,12 +252,12 @@ class NanoGPTClient:
             params["paymentSource"] = ticket.payment_source
         params["isApiRequest"] = "true" if ticket.is_api_request else "false"
         try:
-            async with self._turn():
+            async with self.turn():
                 response = await self._api.get(f"{self.base_url}/tts/status", params=params)
         except httpx.HTTPError as error:
             raise self._unreachable(error) from None
         if not response.is_success:
-            raise _answered_error(response)
+            raise self._answered(response)
         body = _json_in(response)
         try:
             if not isinstance(body, dict):
@@ -238,14 +279,14 @@ class NanoGPTClient:
             ProviderError: The catalogue could not be read.
         """
         try:
-            async with self._turn():
+            async with self.turn():
                 response = await self._api.get(
                     f"{self.base_url}/v1/audio-models", params={"detailed": "true", "type": "tts"}
                 )
         except httpx.HTTPError as error:
             raise self._unreachable(error) from None
         if not response.is_success:
-            raise _answered_error(response)
+            raise self._answered(response)
         body = _json_in(response)
         rows = body.get("data") if isinstance(body, dict) else None
         for row in rows if isinstance(rows, list) else ():
@@ -305,12 +346,63 @@ class NanoGPTClient:
                 f"The audio URL points at {parsed.host}, which is not a public address, so it was not fetched."
             )
 
+    def _answered(self, response: httpx.Response) -> ProviderError | ContentPolicyViolation:
+        error = _answered_error(response)
+        if response.status_code == httpx.codes.UNAUTHORIZED and self._key_source:
+            error.message += f" The key is from {self._key_source}, and was sent to {self.base_url}."
+        return error
+
     def _unreachable(self, error: httpx.HTTPError) -> ProviderError:
         return ProviderError(
             f"{self.base_url} could not be reached ({_words(error)}).",
-            code="PROVIDER_UNREACHABLE",
+            code=UNREACHABLE,
             retryable=True,
         )
+
+
+async def in_own_thread(call: Callable[[], R], on_interruption: Callable[[], None] | None = None) -> R:
+    """Run what must not be interrupted in a thread of its own, and see it through if the waiting is cancelled.
+
+    The thread is a daemon, so that a second Ctrl-C ends the process without it.
+
+    Args:
+        call: What to run.
+        on_interruption: Told when the waiting is cancelled while the call is under way.
+    """
+    done: concurrent.futures.Future[R] = concurrent.futures.Future()
+    context = contextvars.copy_context()
+
+    def run() -> None:
+        try:
+            done.set_result(context.run(call))
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="nanogpt-submission", daemon=True).start()
+    waiting = asyncio.wrap_future(done)
+    try:
+        return await asyncio.shield(waiting)
+    except BaseException:
+        if not waiting.done():
+            if on_interruption is not None:
+                on_interruption()
+            with anyio.CancelScope(shield=True):
+                await _see_through(waiting)
+        if waiting.done():
+            waiting.exception()  # looked at, so that asyncio does not complain that nobody did
+        raise
+
+
+async def _see_through(waiting: asyncio.Future[Any]) -> None:
+    begun = time.monotonic()
+    while not waiting.done() and (left := begun + LAST_WORD_SECONDS - time.monotonic()) > 0:
+        try:
+            await asyncio.wait([waiting], timeout=left)
+        except asyncio.CancelledError:
+            # One interruption cancels several times over: asyncio.run every task, then each task group its own. What
+            # comes later is a second one, of somebody who does not want to wait.
+            if time.monotonic() - begun > ONE_INTERRUPTION_SECONDS:
+                raise
 
 
 def _answered_error(response: httpx.Response) -> ProviderError | ContentPolicyViolation:
@@ -341,9 +433,21 @@ def _rejection(code: str | None, message: str, response: httpx.Response) -> Prov
 def _json_in(response: httpx.Response) -> Any:
     try:
         # Money is exact: a JSON number becomes a Decimal without passing through binary floating point.
-        return json.loads(response.content, parse_float=Decimal)
-    except ValueError:
+        return _without_half_characters(json.loads(response.content, parse_float=Decimal))
+    except (ValueError, RecursionError):
         return None
+
+
+def _without_half_characters(value: Any) -> Any:
+    """Replace surrogates without their other half: JSON can have them, and nothing can write them anywhere."""
+    match value:
+        case str():
+            return value.encode(errors="replace").decode()
+        case list():
+            return [_without_half_characters(item) for item in value]
+        case dict():
+            return {_without_half_characters(name): _without_half_characters(item) for name, item in value.items()}
+    return value
 
 
 def _request_id(response: httpx.Response) -> str | None:

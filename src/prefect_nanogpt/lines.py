@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from decimal import Decimal
 from typing import Any, Final, NamedTuple
 
@@ -14,24 +14,25 @@ import fsspec
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from prefect_nanogpt.errors import NanoGPTError
-from prefect_nanogpt.models import Ticket, TTSRequest
+from prefect_nanogpt.events import run_logger
+from prefect_nanogpt.models import Ticket, TTSRequest, problems_in
 from prefect_nanogpt.storage import Destination, file_stem
 
-__all__ = ["FILE_NAME", "Line", "Manifest", "ManifestRow", "Shard", "read_lines"]
+__all__ = ["FILE_NAME", "Line", "Manifest", "ManifestRow", "read_lines"]
 
 FILE_NAME: Final = "manifest.jsonl"
 COMPLETED: Final = "completed"
 PROBLEMS_SHOWN: Final = 100
-REWRITE_SECONDS: Final = 10.0
-"""An object in a bucket cannot be appended to, so there the manifest is written again, at most so often."""
+REWRITE_SECONDS: Final = 30.0
 LONGEST_ID: Final = 100
 
 
 class Line(NamedTuple):
-    """One line of a batch: its id and what to say."""
+    """One line of a batch: its id, what to say, and which rendition of it."""
 
     id: str
     request: TTSRequest
+    take: int = 1
 
 
 class ManifestRow(BaseModel):
@@ -45,11 +46,11 @@ class ManifestRow(BaseModel):
         sha256: The SHA-256 digest of the file, in hexadecimal.
         size_bytes: The size in bytes.
         duration_seconds: The length in seconds, where it is known.
-        cost: What was charged, in `currency`, where the provider said.
+        cost: What was charged in all tries, in `currency`, where the provider said; 0 for a line that shares the job
+            of an earlier one.
         currency: The unit of `cost`, such as USD.
         ticket: The job, where there is one.
-        is_lost: Whether the job will never have audio, so that another try needs a new one.
-        request: A digest of what was asked for: a line that has changed since is another line.
+        job: The job's digest in the ledger: a line that has changed since is another job.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -64,23 +65,28 @@ class ManifestRow(BaseModel):
     cost: Decimal | None = None
     currency: str | None = None
     ticket: Ticket | None = None
-    is_lost: bool = False
-    request: str
+    job: str
 
     @property
     def is_completed(self) -> bool:
         """Whether there is audio."""
         return self.outcome == COMPLETED
 
+    @property
+    def file_name(self) -> str:
+        """The name of the audio's file, empty where there is none."""
+        return (self.location or "").rpartition("/")[2]
 
-def read_lines(lines: Iterable[Mapping[str, Any]] | str, defaults: Mapping[str, Any]) -> list[Line]:
+
+def read_lines(lines: Iterable[Mapping[str, Any]] | str, defaults: Mapping[str, Any], take: int = 1) -> list[Line]:
     """Read the lines of a batch and check every one of them.
 
     Args:
-        lines: Mappings with `id`, `text`, and where wanted `voice`, `model` and `options`; or the path or fsspec URL of
-            a CSV file with these columns, or of a JSON Lines file (`.jsonl`, `.ndjson`) with these names. What else a
-            line has is an option of the model. Files are UTF-8.
+        lines: Mappings with `id`, `text`, and where wanted `voice`, `model`, `take` and `options`; or the path or
+            fsspec URL of a CSV file with these columns, or of a JSON Lines file (`.jsonl`, `.ndjson`) with these names.
+            What else a line has is an option of the model. Files are UTF-8.
         defaults: What applies to lines that do not say otherwise: `model`, `voice`, and options.
+        take: The take of lines that do not say which.
 
     Raises:
         NanoGPTError: Code `INVALID_LINES`, with every problem and where it is, or `LINES_UNREADABLE`.
@@ -104,18 +110,16 @@ def read_lines(lines: Iterable[Mapping[str, Any]] | str, defaults: Mapping[str, 
             own = {
                 name: value
                 for name, value in fields.items()
-                if name not in ("id", "options") and value not in (None, "")
+                if name not in ("id", "options", "take") and value not in (None, "")
             }
+            line_take = _take(fields.get("take") or take)
             request = TTSRequest.model_validate({"text": "", **defaults, **options, **own})
         except ValidationError as invalid:
-            here += [
-                f"{place}: {'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}"
-                for problem in invalid.errors()
-            ]
+            here += [f"{place}: {problem}" for problem in problems_in(invalid)]
         except (ValueError, TypeError):
-            here.append(f"{place}: options: not a JSON object")
+            here.append(f"{place}: options or take: options must be a JSON object, take a whole number from 1")
         else:
-            good.append(Line(line_id, request))
+            good.append(Line(line_id, request, line_take))
         problems += here
     if not good and not problems:
         problems.append("there are no lines")
@@ -125,6 +129,13 @@ def read_lines(lines: Iterable[Mapping[str, Any]] | str, defaults: Mapping[str, 
             f"{'; '.join(problems[:PROBLEMS_SHOWN])}{more}. Nothing was submitted.", code="INVALID_LINES"
         )
     return good
+
+
+def _take(value: object) -> int:
+    take = int(str(value))
+    if take < 1:
+        raise ValueError("the first take is 1")
+    return take
 
 
 def _problems_of(line_id: str, place: str, seen: dict[str, str]) -> Iterator[str]:
@@ -181,94 +192,43 @@ def _json_rows(file: Iterable[str]) -> Iterator[tuple[str, Mapping[str, Any] | s
             yield f"line {number}", fields if isinstance(fields, dict) else "not an object with an id and a text"
 
 
-class Shard(NamedTuple):
-    """A part of a batch: every so manieth line, beginning with the line of its number, which counts from 1."""
-
-    number: int
-    of: int
-
-
 class Manifest:
-    """The file `manifest.jsonl` beside the audio: a row for each line that came to an end, the last one counts.
+    """The file `manifest.jsonl` beside the audio: a row for each line, in the order of the lines.
 
-    A shard writes a file of its own, since two processes cannot write the same one.
+    It tells people and programs what the ledger knows, and spares the next run reading that note by note. A manifest
+    that is torn or gone costs time and nothing else.
 
     Args:
         destination: The folder of the audio.
-        shard: The shard that writes it; None for the whole batch.
     """
 
-    def __init__(self, destination: Destination, shard: Shard | None = None) -> None:
+    def __init__(self, destination: Destination) -> None:
         self._destination = destination
-        self._name = f"manifest-{shard.number}-of-{shard.of}.jsonl" if shard else FILE_NAME
-        self._rows: dict[str, ManifestRow] = {}
+        self._others: dict[str, ManifestRow] = {}
         self._written = time.monotonic()
+
+    def read(self) -> dict[str, ManifestRow]:
+        """Read the rows of earlier runs, by id. What cannot be read as a row is passed over."""
+        for line in (self._destination.read(FILE_NAME) or b"").split(b"\n"):
+            with suppress(ValidationError):
+                row = ManifestRow.model_validate_json(line)
+                self._others[row.id] = row
+        return dict(self._others)
+
+    def write(self, lines: Iterable[Line], rows: Mapping[str, ManifestRow]) -> None:
+        """Write a row for each line that has one, then the rows of lines that are not of this batch."""
+        self._written = time.monotonic()
+        told = {line.id: rows[line.id] for line in lines if line.id in rows}
+        everything = told | {line_id: row for line_id, row in self._others.items() if line_id not in told}
+        try:
+            self._destination.write_text(FILE_NAME, "".join(map(_as_json, everything.values())))
+        except Exception as error:  # the drivers of buckets have families of errors of their own
+            run_logger().warning("The manifest cannot be written; the ledger has all that it would say: %s", error)
 
     @property
-    def location(self) -> str:
-        """The path or URL of the manifest of the whole batch, known once it was read."""
-        return self._destination.location_of(FILE_NAME)
-
-    async def read(self) -> dict[str, ManifestRow]:
-        """Read the rows of earlier runs, by id. A last row that a killed process left cut off is passed over.
-
-        Raises:
-            StorageError: The manifest cannot be read, or the folder cannot be written.
-        """
-        await self._destination.check()
-        self._rows = await self._read(self._name)
-        if self._rows:
-            await self.write()
-        if self._name == FILE_NAME:
-            return dict(self._rows)
-        return {**await self._read(FILE_NAME), **self._rows}
-
-    async def gather(self) -> dict[str, ManifestRow]:
-        """Take the rows of all shards into this manifest, remove theirs, and give all rows, by id.
-
-        Raises:
-            StorageError: A manifest cannot be read, written or removed.
-        """
-        names = [location.rpartition("/")[2] for location in await self._destination.sizes()]
-        parts = sorted(name for name in names if re.fullmatch(r"manifest-\d+-of-\d+\.jsonl", name))
-        for name in parts:
-            self._rows |= await self._read(name)
-        if parts:
-            await self.write()
-        for name in parts:
-            await self._destination.remove(name)
-        return dict(self._rows)
-
-    async def _read(self, name: str) -> dict[str, ManifestRow]:
-        rows = {}
-        for line in (await self._destination.read_text(name) or "").split("\n"):
-            try:
-                row = ManifestRow.model_validate_json(line)
-            except ValidationError:
-                continue
-            rows[row.id] = row
-        return rows
-
-    async def add(self, row: ManifestRow) -> None:
-        """Keep a row: at once in a local folder, and within seconds in a bucket.
-
-        Raises:
-            StorageError: It cannot be written.
-        """
-        self._rows[row.id] = row
-        if self._destination.is_local:
-            await self._destination.append_text(self._name, _as_json(row))
-        elif time.monotonic() - self._written > REWRITE_SECONDS:
-            await self.write()
-
-    async def write(self) -> None:
-        """Write the whole manifest anew, with one row for each line.
-
-        Raises:
-            StorageError: It cannot be written.
-        """
-        self._written = time.monotonic()
-        await self._destination.write_text(self._name, "".join(map(_as_json, self._rows.values())))
+    def is_due(self) -> bool:
+        """Whether it is time to bring the file up to date."""
+        return time.monotonic() - self._written > REWRITE_SECONDS
 
 
 def _as_json(row: ManifestRow) -> str:

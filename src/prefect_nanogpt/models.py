@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any, Final, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import to_jsonable_python
 
 from prefect_nanogpt.errors import CONTENT_POLICY_VIOLATION, TTS_FAILED, normalize_code
 from prefect_nanogpt.polling import PollSchedule
@@ -32,6 +33,8 @@ __all__ = [
     "parse_speech_model",
     "parse_status",
     "parse_submission",
+    "plain",
+    "problems_in",
 ]
 
 DEFAULT_MODEL: Final = "Elevenlabs-Turbo-V2.5"
@@ -151,9 +154,24 @@ class TTSRequest(BaseModel):
             raise ValueError("raw PCM has no header to verify it by; ask for wav instead")
         return response_format
 
+    @model_validator(mode="after")
+    def _can_be_sent(self) -> TTSRequest:
+        try:
+            self.content()
+        except UnicodeEncodeError:
+            raise ValueError("there is half a character in it (an unpaired surrogate), which cannot be sent") from None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"an option is no JSON value: {error}") from None
+        return self
+
     def body(self) -> dict[str, Any]:
         """Give the JSON body of the request: every option that was set."""
-        return self.model_dump(mode="json", exclude_none=True)
+        # Not as pydantic's JSON, which makes null of NaN, and of a set a list whose order is another in each process.
+        return self.model_dump(exclude_none=True)
+
+    def content(self) -> bytes:
+        """Give the body as it is sent."""
+        return json.dumps(self.body(), ensure_ascii=False, allow_nan=False).encode()
 
 
 class Pending(BaseModel):
@@ -220,6 +238,7 @@ class SpeechModel(BaseModel):
     Attributes:
         id: The model id.
         usd_per_thousand_chars: The price in USD of a thousand characters of text, where it is priced by them.
+        usd_per_generation: The price in USD of a job, however long its text, where it is priced so.
         max_chars: The longest text it takes, in characters, where the catalogue says.
     """
 
@@ -227,13 +246,14 @@ class SpeechModel(BaseModel):
 
     id: str
     usd_per_thousand_chars: Decimal | None = None
+    usd_per_generation: Decimal | None = None
     max_chars: int | None = None
 
     def price(self, text: str) -> Decimal | None:
-        """Give the price of a text in USD, where the catalogue prices by characters."""
+        """Give the price of a text in USD, where the catalogue has it."""
         if self.usd_per_thousand_chars is None:
-            return None
-        return self.usd_per_thousand_chars * len(text) / 1000
+            return self.usd_per_generation
+        return self.usd_per_thousand_chars * len(text) / 1000 + (self.usd_per_generation or 0)
 
 
 TTSStatus: TypeAlias = Pending | Completed | Rejected
@@ -315,20 +335,24 @@ def parse_status(body: Mapping[str, Any]) -> TTSStatus:
     return Pending(word=word, queue_position=position if type(position) is int else None)
 
 
-def parse_submission(body: Mapping[str, Any], request: TTSRequest) -> Ticket | Completed:
+def parse_submission(body: Mapping[str, Any], model: str) -> Ticket | Completed:
     """Read the JSON of an accepted submission: a ticket, or a URL where the model answers at once.
 
     A ticket has been paid for, so whatever is odd about its other fields, a run id is enough to keep it.
+
+    Args:
+        body: The answer.
+        model: The model asked for, where the answer names none.
 
     Raises:
         ValueError: The body has neither a run id nor a URL.
     """
     if run_id := body.get("runId"):
-        essential = {"runId": str(run_id), "model": body.get("model") or request.model}
+        essential = {"runId": str(run_id), "model": body.get("model") or model}
         try:
             return Ticket.model_validate({**body, **essential})
         except ValidationError:
-            return Ticket.model_validate({**essential, "model": request.model})
+            return Ticket.model_validate({**essential, "model": model})
     if completed := _completed(body):
         return completed
     raise ValueError("the answer has neither a run id nor an audio URL")
@@ -344,6 +368,7 @@ def parse_speech_model(row: Mapping[str, Any]) -> SpeechModel:
         return SpeechModel(
             id=row["id"],
             usd_per_thousand_chars=pricing.get("per_thousand_chars"),
+            usd_per_generation=pricing.get("per_generation"),
             max_chars=parameters.get("max_chars"),
         )
     except ValidationError:
@@ -386,3 +411,18 @@ def _completed(body: Mapping[str, Any]) -> Completed | None:
         return Completed(audio_url=url, **details)
     except ValidationError:
         return Completed(audio_url=url)
+
+
+def problems_in(invalid: ValidationError) -> list[str]:
+    """Say what is wrong with a model's fields, one line each, beginning with the field where it is about one."""
+    return [
+        ": ".join([*([".".join(map(str, problem["loc"]))] if problem["loc"] else []), problem["msg"]]).replace(
+            "Value error, ", ""
+        )
+        for problem in invalid.errors()
+    ]
+
+
+def plain(thing: object) -> Any:
+    """Make plain JSON of a result, for readers that do not have this package; of an exception, its text."""
+    return str(thing) if isinstance(thing, BaseException) else to_jsonable_python(thing, fallback=str)

@@ -9,13 +9,15 @@ from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from typing import ClassVar
 
+import httpx
 from prefect.blocks.abstract import CredentialsBlock
-from pydantic import Field, HttpUrl, SecretStr, ValidationError, field_validator
+from pydantic import Field, HttpUrl, PrivateAttr, SecretStr, ValidationError, field_validator
 
 from prefect_nanogpt.client import DEFAULT_BASE_URL, NanoGPTClient
 from prefect_nanogpt.errors import CredentialsError
+from prefect_nanogpt.events import run_logger
 
-__all__ = ["NanoGPTCredentials", "nanogpt_client"]
+__all__ = ["NanoGPTCredentials", "find_credentials", "known_credentials", "nanogpt_client", "provider_of"]
 
 
 class NanoGPTCredentials(CredentialsBlock):
@@ -24,6 +26,7 @@ class NanoGPTCredentials(CredentialsBlock):
     Attributes:
         api_key: The NanoGPT API key.
         base_url: The root of the API, for a proxy, NanoGPT's other host, or the sandbox.
+        ledger: Where to keep the record of what is paid for, instead of beside the audio.
 
     Example:
         Load stored credentials and look at a job:
@@ -54,6 +57,13 @@ class NanoGPTCredentials(CredentialsBlock):
         description="The root of the API; change it for a proxy or the sandbox.",
         pattern=r"^https?://[^\s/?#]+\S*$",
     )
+    ledger: str | None = Field(
+        None,
+        title="Ledger",
+        description="A folder or URL for the record of what is paid for, where save_to is a temporary folder.",
+    )
+
+    _source: str | None = PrivateAttr(None)
 
     @field_validator("api_key")
     @classmethod
@@ -68,32 +78,62 @@ class NanoGPTCredentials(CredentialsBlock):
         Raises:
             CredentialsError: The key has characters that no key has.
         """
-        return NanoGPTClient(self.api_key.get_secret_value(), self.base_url)
+        return NanoGPTClient(self.api_key.get_secret_value(), self.base_url, key_source=self.source)
+
+    @property
+    def source(self) -> str:
+        """Say where the key comes from."""
+        if self._source is not None:
+            return self._source
+        name = self._block_document_name
+        return f"the saved block nanogpt-credentials/{name}" if name else "the parameter `credentials`"
 
 
 async def find_credentials() -> NanoGPTCredentials:
-    """Find credentials where none were given: the saved block `default`, else the environment.
+    """Find credentials where none were given: in the environment, else in the saved block `default`.
 
     Raises:
-        CredentialsError: There are none (says both ways of giving them), or the address is not one.
+        CredentialsError: There are none (says both ways of giving them), or what there is cannot be used.
     """
+    base_url = os.environ.get("NANOGPT_BASE_URL") or DEFAULT_BASE_URL
+    if api_key := os.environ.get("NANOGPT_API_KEY", "").strip():
+        try:
+            found = NanoGPTCredentials(api_key=SecretStr(api_key), base_url=base_url)
+        except ValidationError:
+            raise CredentialsError(f"NANOGPT_BASE_URL={base_url!r} is not an http or https URL.") from None
+        found._source = "the environment variable NANOGPT_API_KEY"
+        return found
     try:
         block = await NanoGPTCredentials.aload("default")
-    except ValueError:
-        pass
-    else:
-        assert isinstance(block, NanoGPTCredentials)
-        return block
-    if not (api_key := os.environ.get("NANOGPT_API_KEY", "").strip()):
-        raise CredentialsError(
-            "There is no NanoGPT API key. Save a NanoGPT Credentials block named 'default' in Prefect, or set "
-            "NANOGPT_API_KEY in the environment of the process that runs the flow. No request was made."
-        )
-    base_url = os.environ.get("NANOGPT_BASE_URL") or DEFAULT_BASE_URL
-    try:
-        return NanoGPTCredentials(api_key=SecretStr(api_key), base_url=base_url)
     except ValidationError:
-        raise CredentialsError(f"NANOGPT_BASE_URL={base_url!r} is not an http or https URL.") from None
+        raise CredentialsError("The saved block nanogpt-credentials/default is not valid: save it anew.") from None
+    except ValueError:
+        raise CredentialsError(
+            "There is no NanoGPT API key: set NANOGPT_API_KEY in the environment of the process that runs the flow, or "
+            "save a NanoGPT Credentials block named 'default' in Prefect. To try without a key, start the stand-in "
+            "with `prefect-nanogpt sandbox`. No request was made."
+        ) from None
+    except httpx.HTTPError as error:
+        raise CredentialsError(
+            f"Whether Prefect has a block nanogpt-credentials/default cannot be told now: {error}", retryable=True
+        ) from None
+    assert isinstance(block, NanoGPTCredentials)
+    return block
+
+
+async def known_credentials(credentials: NanoGPTCredentials | None) -> NanoGPTCredentials | None:
+    """Give the credentials that would be used; None where there are none, since not everything needs a key."""
+    try:
+        return credentials or await find_credentials()
+    except CredentialsError:
+        return None
+
+
+async def provider_of(credentials: NanoGPTCredentials | None) -> str:
+    """Give the base URL of the API that would be asked, whether or not there is a key for it."""
+    if known := await known_credentials(credentials):
+        return known.base_url.rstrip("/")
+    return (os.environ.get("NANOGPT_BASE_URL") or DEFAULT_BASE_URL).rstrip("/")
 
 
 _open_client: ContextVar[tuple[NanoGPTClient, NanoGPTCredentials | None, asyncio.AbstractEventLoop] | None]
@@ -121,6 +161,7 @@ async def nanogpt_client(credentials: NanoGPTCredentials | None) -> AsyncIterato
             return
     found = credentials or await find_credentials()
     async with found.get_client() as client:
+        run_logger().info("Asking %s, with the key from %s.", client.base_url, found.source)
         token = _open_client.set((client, credentials, asyncio.get_running_loop()))
         try:
             yield client

@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from prefect_nanogpt.manifest import ManifestRow
+    from prefect_nanogpt.lines import ManifestRow
     from prefect_nanogpt.models import Ticket
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "ContentPolicyViolation",
     "CredentialsError",
     "NanoGPTError",
+    "NothingSent",
     "ProviderError",
     "StorageError",
     "SubmissionUncertain",
@@ -94,6 +95,10 @@ class CredentialsError(NanoGPTError):
 
 class ProviderError(NanoGPTError):
     """The API could not be reached, or answered with an error instead of a job's status."""
+
+
+class NothingSent(ProviderError):
+    """No byte of a submission left this machine, so nothing can have been charged."""
 
 
 class TTSJobRejected(NanoGPTError):

@@ -5,38 +5,44 @@ The provider's words and the text are escaped: in the artifact they are text, wh
 
 from __future__ import annotations
 
+import json
 import re
-import shlex
 import time
-from collections.abc import Awaitable, Iterable
-from datetime import UTC, datetime, timedelta
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Any, Final, Literal, TypeVar
+from typing import Final, TypeVar
 from urllib.parse import quote, urlsplit
 from uuid import UUID
 
+import httpx
 from prefect.artifacts import acreate_progress_artifact, aupdate_progress_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey, FlowRunFilter, FlowRunFilterId
-from prefect.client.schemas.objects import Artifact
 from prefect.context import FlowRunContext
-from prefect.events import emit_event
-from prefect.logging import get_run_logger
 
-from prefect_nanogpt.errors import ContentPolicyViolation, NanoGPTError, SubmissionUncertain, TTSJobRejected, TTSTimeout
-from prefect_nanogpt.models import AudioFile, Pending, Ticket
+from prefect_nanogpt.errors import (
+    AudioError,
+    ContentPolicyViolation,
+    NanoGPTError,
+    NothingSent,
+    SubmissionUncertain,
+    TTSJobRejected,
+)
+from prefect_nanogpt.events import resume_command, run_logger, this_run
+from prefect_nanogpt.job import Said
+from prefect_nanogpt.models import Pending, Ticket
 from prefect_nanogpt.waveform import draw_steps, draw_waveform
 
-__all__ = ["OPEN_TICKET", "OPEN_UNTIL", "SAVE_TO", "Report", "announce", "escaped", "quietly", "resume_command"]
+__all__ = ["Report", "TableReport", "escaped", "quietly"]
 
 R = TypeVar("R")
 
-OPEN_TICKET: Final = "nanogpt_open_ticket"
-"""The artifact's metadata hold the ticket under this name for as long as neither audio nor a rejection is known."""
-OPEN_UNTIL: Final = "nanogpt_open_until"
-"""When the deadline of the run passes, in ISO 8601; a run cannot be alive long after."""
-SAVE_TO: Final = "nanogpt_save_to"
+GO_ON: Final = (
+    "Press *Retry* on this run, or start another one with the same text and `save_to`: it finds what is paid for."
+)
+EARLIER: Final = "\n---\n\nWhat an earlier attempt of this run had reported:"
 LONGEST_QUOTE: Final = 500
 """How much of the text or of the provider's words is shown, in characters."""
 
@@ -54,64 +60,60 @@ def escaped(words: str, limit: int = LONGEST_QUOTE) -> str:
     return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", words)
 
 
-def announce(what: Literal["submitted", "completed", "rejected", "timed-out"], ticket: Ticket, **details: Any) -> None:
-    """Emit the event `nanogpt.tts.<what>` about a job, for automations. Neither the text nor the key is in it.
-
-    Prefect adds the flow run, the task run, the deployment and their tags as related resources.
-    """
-    payload = {"run_id": ticket.run_id, "model": ticket.model, "currency": ticket.payment_source, **details}
-    if ticket.cost is not None:
-        payload["cost"] = f"{ticket.cost:f}"
-    emit_event(
-        event=f"nanogpt.tts.{what}",
-        resource={
-            "prefect.resource.id": f"nanogpt.tts.{ticket.run_id}",
-            "prefect.resource.name": ticket.run_id,
-            "nanogpt.model": ticket.model,
-        },
-        payload={name: value for name, value in payload.items() if value is not None},
-    )
-
-
 class Report:
     """The artifacts of one run. A report that cannot be written is a warning: the job matters more.
+
+    Reports only tell: nothing reads back what they say, and what is paid for is in the ledger.
 
     Args:
         key: The key of the markdown artifact; the progress artifact has `-progress` behind it.
         save_to: Where the audio is to go.
-        ticket: The job that the run is about, where it is known from the start.
         text: What is said, where it is known.
 
     Attributes:
         ticket: The job that the run is about, once there is one.
+        paid: What is paid for, in words, where that is more than the one ticket.
     """
 
-    def __init__(self, key: str, save_to: str, ticket: Ticket | None = None, text: str | None = None) -> None:
-        self.ticket = ticket
+    def __init__(self, key: str, save_to: str, text: str | None = None) -> None:
+        self.ticket: Ticket | None = None
+        self.paid: str | None = None
         self._key = key
         self._save_to = save_to
         self._text = text
         self._artifact: UUID | None = None
+        self._earlier: str | None = None
+        self._is_done = False
         self._progress: UUID | None = None
         self._positions: list[tuple[float, int]] = []
         self._started = time.monotonic()
-        self._open_until = datetime.now(UTC)
 
     @classmethod
-    def of(cls, artifact: Artifact, save_to: str, ticket: Ticket, text: str | None) -> Report:
-        """Take up the report of another run, to bring it up to date."""
-        report = cls(artifact.key or "tts-audio", save_to, ticket, text)
-        report._artifact = artifact.id
+    async def of_run(cls, flow_run_id: str, save_to: str, text: str | None) -> Report | None:
+        """Take up the report of another run, to bring it up to date; None where it has none."""
+        async with get_client() as client:
+            found = await client.read_artifacts(
+                artifact_filter=ArtifactFilter(type={"any_": ["markdown"]}),
+                flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[UUID(flow_run_id)])),
+            )
+        if len(found) != 1:
+            return None
+        report = cls(found[0].key or "tts-audio", save_to, text)
+        report._artifact = found[0].id
         return report
 
-    async def waiting(self, timeout_seconds: float) -> None:
-        """Show the ticket, before anything can happen to this process."""
-        now = datetime.now(UTC)
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is something that a reader can go on with."""
+        return self.ticket is not None or self.paid is not None
+
+    async def waiting(self) -> None:
+        """Show what is paid for, before anything can happen to this process."""
         self._started = time.monotonic()
-        self._open_until = now + timedelta(seconds=timeout_seconds)
         await self._write(
             "Speech under way",
-            f"Waiting since {now:%Y-%m-%d %H:%M:%S} UTC. If this run ends without audio, nothing is lost: see below.",
+            f"Waiting since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC. If this run ends without audio, nothing is "
+            "lost: see below.",
             self._job_facts(),
             is_open=True,
         )
@@ -130,8 +132,17 @@ class Report:
         else:
             await quietly(aupdate_progress_artifact(self._progress, done, what))
 
-    async def finished(self, audio: AudioFile, note: str = "The audio is saved and verified.") -> None:
-        """Show where the audio is, and what it is."""
+    async def finished(self, said: Said) -> None:
+        """Show where the audio is, what it is, and who paid for it."""
+        audio = said.audio
+        self.ticket = audio.ticket or self.ticket
+        self._is_done = True
+        note = "The audio is saved and verified."
+        if not said.is_new:
+            note = "The audio was there already, so nothing was sent and nothing was charged now."
+            if said.paid_by is not None and said.paid_by.name:
+                at = f" at {said.paid_at[:19].replace('T', ' ')} UTC" if said.paid_at else ""
+                note += f" It was saved by the run {escaped(said.paid_by.name)}{escaped(at)}."
         facts = [
             ("Audio", _code(audio.location)),
             ("Duration", f"{audio.duration_seconds:.2f} s" if audio.duration_seconds is not None else None),
@@ -147,19 +158,13 @@ class Report:
         if len(self._positions) > 1:
             pictures.append(f"![Queue position over time]({draw_steps(self._positions, audio.waited_seconds)})")
         await self._write("Speech ready", note, facts, pictures)
-        if self.ticket is not None:
-            announce(
-                "completed",
-                self.ticket,
-                location=audio.location,
-                sha256=audio.sha256,
-                duration_seconds=audio.duration_seconds,
-            )
         if self._progress is not None:
             await quietly(aupdate_progress_artifact(self._progress, 100.0, "The audio is saved."))
 
     async def failed(self, error: NanoGPTError) -> None:
         """Show the code, the provider's words, what became of the money, and what to do next."""
+        if error.ticket is not None:
+            self.ticket = error.ticket
         facts = [
             ("Code", _code(error.code)),
             ("Reason", escaped(error.message)),
@@ -167,20 +172,15 @@ class Report:
             ("Request id", escaped(error.request_id) if error.request_id else None),
             *self._job_facts(),
         ]
-        title = f"No speech: {error.code}"
-        await self._write(
-            title, _money_at_stake(error, self.ticket), facts, is_open=not isinstance(error, TTSJobRejected)
-        )
-        if self.ticket is not None and isinstance(error, TTSJobRejected):
-            announce("rejected", self.ticket, code=error.code)
-        elif self.ticket is not None and isinstance(error, TTSTimeout):
-            announce("timed-out", self.ticket, code=error.code)
+        is_open = not isinstance(error, TTSJobRejected)
+        note = _money_at_stake(error, self.ticket) if self.paid is None else f"{self.paid} {GO_ON}"
+        await self._write(f"No speech: {error.code}", note, facts, is_open=is_open)
 
     async def interrupted(self) -> None:
         """Say, while the process is being stopped, that the job goes on without it."""
         await self._write(
             "Stopped while waiting",
-            "The run was stopped. The job goes on at the provider and stays paid for.",
+            "The run was stopped. What was submitted goes on at the provider and stays paid for.",
             self._job_facts(),
             is_open=True,
         )
@@ -207,18 +207,15 @@ class Report:
     ) -> None:
         rows = [f"| {name} | {value} |" for name, value in facts if value]
         parts = [f"# {escaped(title)}", note, *pictures, "\n".join(["| | |", "|---|---|", *rows])]
-        metadata = {}
-        if self.ticket is not None:
-            parts.append(_how_to_resume(self.ticket) if is_open else f"## Ticket\n\n{_as_json(self.ticket)}")
-        if is_open and self.ticket is not None:
-            metadata = {
-                OPEN_TICKET: self.ticket.to_json(),
-                OPEN_UNTIL: self._open_until.isoformat(),
-                SAVE_TO: self._save_to,
-            }
-        await quietly(self._put("\n\n".join(parts) + "\n", title, metadata))
+        if self.ticket is not None and self.paid is None:
+            parts.append(
+                _how_to_resume(self.ticket, self._save_to) if is_open else f"## Ticket\n\n{_as_json(self.ticket)}"
+            )
+        elif is_open and self.paid is not None:
+            parts.append(f"## To get the audio\n\n{self.paid} {GO_ON}")
+        await quietly(self._put("\n\n".join(parts) + "\n", title))
 
-    async def _put(self, markdown: str, description: str, metadata: dict[str, str]) -> None:
+    async def _put(self, markdown: str, description: str) -> None:
         """Write the artifact: one for a run, which later attempts and later news change."""
         context = FlowRunContext.get()
         flow_run = context.flow_run if context else None
@@ -228,20 +225,54 @@ class Report:
                     artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[self._key])),
                     flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run.id])),
                 )
-                self._artifact = earlier[0].id if earlier else None
+                if earlier:
+                    self._artifact = earlier[0].id
+                    self._earlier = str(earlier[0].data or "").partition(EARLIER)[0]
+            if self._earlier and not self.is_begun and not self._is_done:
+                # An attempt that failed before it knew of the job takes nothing away.
+                markdown += f"{EARLIER}\n\n{self._earlier}"
             if self._artifact is None:
                 artifact = ArtifactCreate(
                     type="markdown",
                     key=self._key,
                     description=description,
                     data=markdown,
-                    metadata_=metadata,
                     flow_run_id=flow_run.id if flow_run else None,
                 )
                 self._artifact = (await client.create_artifact(artifact)).id
             else:
-                update = ArtifactUpdate(data=markdown, description=description, metadata_=metadata)
-                await client.update_artifact(self._artifact, update)
+                await client.update_artifact(self._artifact, ArtifactUpdate(data=markdown, description=description))
+
+
+class TableReport:
+    """A table artifact that is there from the first moment of a run and changes with it.
+
+    Args:
+        key: The key of the artifact.
+    """
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+        self._artifact: UUID | None = None
+
+    async def show(self, table: Sequence[Mapping[str, str]], description: str) -> None:
+        """Write the table and what is said above it."""
+        await quietly(self._put(json.dumps(table), description))
+
+    async def _put(self, data: str, description: str) -> None:
+        async with get_client() as client:
+            if self._artifact is None:
+                run = this_run().id
+                artifact = ArtifactCreate(
+                    type="table",
+                    key=self._key,
+                    description=description,
+                    data=data,
+                    flow_run_id=UUID(run) if run else None,
+                )
+                self._artifact = (await client.create_artifact(artifact)).id
+            else:
+                await client.update_artifact(self._artifact, ArtifactUpdate(data=data, description=description))
 
 
 async def quietly(call: Awaitable[R]) -> R | None:
@@ -249,7 +280,7 @@ async def quietly(call: Awaitable[R]) -> R | None:
     try:
         return await call
     except Exception as error:
-        get_run_logger().warning("The report could not be written to Prefect: %s", error)
+        run_logger().warning("The report could not be written to Prefect: %s", error)
         return None
 
 
@@ -270,35 +301,34 @@ def _money(cost: Decimal | None, currency: str | None) -> str | None:
     return None if cost is None else escaped(f"{cost.normalize():f} {currency or ''}")
 
 
-def resume_command(ticket: Ticket) -> str:
-    """Write the shell command that waits for a ticket again."""
-    words = ["prefect-nanogpt", "wait", ticket.run_id, "--model", ticket.model]
-    if ticket.cost is not None:
-        words += ["--cost", f"{ticket.cost:f}"]
-    if ticket.payment_source:
-        words += ["--payment-source", ticket.payment_source]
-    return shlex.join(words)
-
-
 def _as_json(ticket: Ticket) -> str:
     return f"```json\n{ticket.to_json(indent=2)}\n```"
 
 
-def _how_to_resume(ticket: Ticket) -> str:
+def _how_to_resume(ticket: Ticket, save_to: str) -> str:
     return (
-        "## To get the audio\n\n"
-        "Press *Retry* on this run, or run `wait-for-tts` with this ticket:\n\n"
+        f"## To get the audio\n\n{GO_ON} Or run `wait-for-tts` with this ticket:\n\n"
         f"{_as_json(ticket)}\n\n"
-        f"or, in a shell:\n\n```sh\n{resume_command(ticket)}\n```"
+        f"or, in a shell:\n\n```sh\n{resume_command(ticket, save_to)}\n```"
     )
 
 
 def _money_at_stake(error: NanoGPTError, ticket: Ticket | None) -> str:
     match error:
         case SubmissionUncertain():
-            return "It is not known whether the provider accepted this job. If it did, it was charged."
+            return (
+                "It is not known whether the provider accepted this job. If it did, it was charged: compare your "
+                "balance. To submit it anew, and perhaps pay twice, use *Custom run* from this run with *Resubmit* set "
+                "to `uncertain`."
+            )
+        case NothingSent():
+            return "The request never left, so nothing was charged for it. Press *Retry*."
+        case _ if ticket is None and isinstance(error, ContentPolicyViolation):
+            return "The provider refused the text, and would refuse the same text again."
+        case AudioError() if ticket is None:
+            return "The text is paid for. What can be done about its audio is said below, as the reason."
         case _ if ticket is None:
-            return "No job is known to be under way, and nothing was charged for one."
+            return "No job of this run is known to be paid for."
         case ContentPolicyViolation():
             refund = (
                 "The provider documents an automatic refund for this, requested by the status calls, which carried the "
@@ -311,6 +341,11 @@ def _money_at_stake(error: NanoGPTError, ticket: Ticket | None) -> str:
             return (
                 "The provider gave up on the job. Whether it refunds such a failure is not documented; your balance "
                 "tells. Submitting the text anew starts, and charges, a new job."
+            )
+        case _ if error.http_status == httpx.codes.NOT_FOUND:
+            return (
+                "The job was paid for, and the provider does not know it, or no longer. Another run asks once more, at "
+                "no cost. To pay for the text anew, use *Custom run* from this run with *Resubmit* set to `lost`."
             )
         case _:
             return "The job is paid for, and as far as is known the provider still has it."

@@ -10,7 +10,7 @@ from typing import Final
 
 from prefect_nanogpt.errors import AudioError, NanoGPTError
 
-__all__ = ["can_be_said_in_parts", "join", "split"]
+__all__ = ["can_be_split", "join", "split"]
 
 PARAGRAPH: Final = re.compile(r"\n\s*\n\s*")
 SPACE: Final = re.compile(r"\s+")
@@ -18,7 +18,7 @@ JOINABLE: Final = frozenset({"mp3", "wav", "ogg"})
 """FLAC numbers its frames and MP4 lists its samples, so joining them takes more than putting them in a row."""
 
 
-def can_be_said_in_parts(response_format: str | None) -> None:
+def can_be_split(response_format: str | None) -> None:
     """Make sure, before anything is paid for, that the audio of parts can be joined.
 
     Raises:

@@ -7,12 +7,14 @@ batch, and nothing else.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from decimal import Decimal
 from pathlib import Path
@@ -31,21 +33,35 @@ import prefect_nanogpt.flows
 import prefect_nanogpt.tasks
 from prefect_nanogpt import NanoGPTCredentials, __version__
 from prefect_nanogpt.credentials import find_credentials
-from prefect_nanogpt.errors import CredentialsError, NanoGPTError
+from prefect_nanogpt.errors import (
+    AudioError,
+    BatchPartial,
+    ContentPolicyViolation,
+    CredentialsError,
+    NanoGPTError,
+    SubmissionUncertain,
+    TTSJobRejected,
+)
 from prefect_nanogpt.flows import collect_open_tickets, text_to_speech, text_to_speech_batch, wait_for_tts
-from prefect_nanogpt.manifest import FILE_NAME as MANIFEST
-from prefect_nanogpt.manifest import read_lines
+from prefect_nanogpt.flows.forms import LONGEST_TIMEOUT_SECONDS
+from prefect_nanogpt.job import Resubmit
+from prefect_nanogpt.lines import FILE_NAME as MANIFEST
+from prefect_nanogpt.lines import read_lines
 from prefect_nanogpt.models import DEFAULT_MODEL, Ticket, TTSRequest
 from prefect_nanogpt.sandbox import Sandbox
 from prefect_nanogpt.sandbox import serve as serve_sandbox
-from prefect_nanogpt.storage import Destination
+from prefect_nanogpt.storage import Destination, absolute
 
 __all__ = ["main"]
 
-PositiveSeconds = Annotated[float, Parameter(validator=validators.Number(gt=0))]
+Seconds = Annotated[float, Parameter(validator=validators.Number(gt=0, lte=LONGEST_TIMEOUT_SECONDS))]
+PositiveInt = Annotated[int, Parameter(validator=validators.Number(gte=1))]
+Options = Annotated[tuple[str, ...], Parameter(negative=(), consume_multiple=False)]
+Resubmitted = Annotated[tuple[Resubmit, ...], Parameter(negative=(), consume_multiple=False)]
 NO_KEY: Final = "No NANOGPT_API_KEY: a local sandbox stands in for NanoGPT, with play money."
 JOB_FAILED: Final = 1
 BAD_USAGE: Final = 2
+INTERRUPTED: Final = 130
 
 
 class UsageError(Exception):
@@ -70,11 +86,18 @@ def say(
     model: str = DEFAULT_MODEL,
     voice: str | None = None,
     speed: float | None = None,
+    response_format: str | None = None,
+    option: Options = (),
+    name: str | None = None,
     save_to: str = "audio",
-    timeout_seconds: PositiveSeconds = 600.0,
+    timeout_seconds: Seconds = 600.0,
     max_cost: Decimal | None = None,
+    take: PositiveInt = 1,
+    resubmit: Resubmitted = (),
 ) -> int:
     """Say a text and save the audio. Without an API key, the sandbox says it.
+
+    Run again, the same command finds what it has paid for, and pays nothing.
 
     Args:
         text: What to say; - for standard input.
@@ -82,12 +105,20 @@ def say(
         model: The provider's model id.
         voice: A voice of the model.
         speed: The speaking rate, from 0.1 to 5.
+        response_format: The container, for the models that offer a choice.
+        option: A further option of the model, as key=value, where the value may be JSON; any number of times.
+        name: What to call the file, without extension; the provider's run id by default.
         save_to: A folder, or an fsspec URL such as s3://bucket/speech.
         timeout_seconds: How long to wait in all, in seconds.
-        max_cost: The most that it may cost, in USD.
+        max_cost: The most that it may cost, in USD, failed tries included.
+        take: Which rendition of the text; another number is another job, and is paid for.
+        resubmit: Submit anew a job that is uncertain, lost or refused, although it may have been charged for.
     """
     said = _text_of(text, file)
-    TTSRequest(text=said, model=model, voice=voice, speed=speed)
+    options = _options(option)
+    TTSRequest.model_validate(
+        {**options, "text": said, "model": model, "voice": voice, "speed": speed, "response_format": response_format}
+    )
 
     async def run(credentials: NanoGPTCredentials) -> str:
         audio = await text_to_speech(
@@ -95,14 +126,32 @@ def say(
             model=model,
             voice=voice,
             speed=speed,
+            response_format=response_format,
+            options=options,
+            name=name,
             save_to=save_to,
             credentials=credentials,
             timeout_seconds=timeout_seconds,
             max_cost=max_cost,
+            take=take,
+            resubmit=resubmit,
         )
         return audio.location
 
-    return _run(run)
+    return _run(run, save_to)
+
+
+def _options(pairs: Sequence[str]) -> dict[str, Any]:
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise UsageError(f"--option {pair} is not key=value.")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return options
 
 
 def _text_of(text: str | None, file: Path | None) -> str:
@@ -124,11 +173,14 @@ def batch(
     *,
     model: str = DEFAULT_MODEL,
     voice: str | None = None,
+    option: Options = (),
     save_to: str = "audio",
-    timeout_seconds: PositiveSeconds = 600.0,
-    max_in_flight: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 100,
-    requests_per_second: Annotated[float, Parameter(validator=validators.Number(gt=0, lte=25))] = 20.0,
+    timeout_seconds: Seconds = 600.0,
+    max_in_flight: PositiveInt = 100,
+    requests_per_second: Annotated[float, Parameter(validator=validators.Number(gte=0.01, lte=25))] = 20.0,
     max_cost: Decimal | None = None,
+    take: PositiveInt = 1,
+    resubmit: Resubmitted = (),
 ) -> int:
     """Say every line of a file, each into a file of its own. Run it again to do what is missing.
 
@@ -136,14 +188,18 @@ def batch(
         lines: A CSV file with the columns id and text, or a JSON Lines file; a path or an fsspec URL.
         model: The model of the lines that name none.
         voice: The voice of the lines that name none.
+        option: An option of the lines that do not set it, as key=value; any number of times.
         save_to: A folder, or an fsspec URL such as s3://bucket/speech; manifest.jsonl there tells of each line.
         timeout_seconds: How long to wait for each job, in seconds.
         max_in_flight: How many lines to be at work on at once.
         requests_per_second: How many requests to make a second, at most 25.
-        max_cost: The most that all the lines may cost, in USD.
+        max_cost: The most that all the lines may cost, in USD, earlier runs and failed tries included.
+        take: Which rendition of the lines that do not say which.
+        resubmit: Submit anew jobs that are uncertain, lost or refused, although they may have been charged for.
     """
+    options = _options(option)
     try:
-        read_lines(lines, {"model": model, "voice": voice})
+        read_lines(lines, {"model": model, "voice": voice, **options}, take)
     except NanoGPTError as error:
         raise UsageError(str(error)) from None
 
@@ -152,16 +208,19 @@ def batch(
             lines,
             model=model,
             voice=voice,
+            options=options,
             save_to=save_to,
             credentials=credentials,
             timeout_seconds=timeout_seconds,
             max_in_flight=max_in_flight,
             requests_per_second=requests_per_second,
             max_cost=max_cost,
+            take=take,
+            resubmit=resubmit,
         )
         return Destination(save_to).location_of(MANIFEST)
 
-    return _run(run)
+    return _run(run, save_to)
 
 
 @app.command
@@ -172,7 +231,7 @@ def wait(
     cost: Decimal | None = None,
     payment_source: str | None = None,
     save_to: str = "audio",
-    timeout_seconds: PositiveSeconds = 600.0,
+    timeout_seconds: Seconds = 600.0,
 ) -> int:
     """Wait for a job that was submitted before, and save its audio.
 
@@ -189,7 +248,7 @@ def wait(
     async def run() -> str:
         return (await wait_for_tts(ticket, save_to=save_to, timeout_seconds=timeout_seconds)).location
 
-    return _run_tracked(run)
+    return _run_tracked(run, save_to)
 
 
 @app.command
@@ -278,12 +337,12 @@ def main() -> None:
         console.print(f"{error} (prefect-nanogpt --help)", markup=False)
     except ValidationError as error:
         for problem in error.errors():
-            option = "--" + ".".join(map(str, problem["loc"])).replace("_", "-")
-            console.print(f"{option}: {problem['msg'].removeprefix('Value error, ')}", markup=False)
+            option = "".join(f"--{field}: " for field in problem["loc"][:1]).replace("_", "-")
+            console.print(f"{option}{problem['msg'].removeprefix('Value error, ')}", markup=False)
     sys.exit(BAD_USAGE)
 
 
-def _run(flow_run: Callable[[NanoGPTCredentials], Awaitable[str]]) -> int:
+def _run(flow_run: Callable[[NanoGPTCredentials], Awaitable[str]], save_to: str) -> int:
     """Run a flow with the credentials that there are, or else with the sandbox."""
 
     async def run() -> str:
@@ -296,10 +355,10 @@ def _run(flow_run: Callable[[NanoGPTCredentials], Awaitable[str]]) -> int:
                 console.print(NO_KEY)
             return await flow_run(credentials)
 
-    return _run_tracked(run)
+    return _run_tracked(run, save_to)
 
 
-def _run_tracked(flow_run: Callable[[], Coroutine[Any, Any, str]]) -> int:
+def _run_tracked(flow_run: Callable[[], Coroutine[Any, Any, str]], save_to: str) -> int:
     # A server that Prefect starts for the occasion is nobody's to watch: what it has to say is said through the API.
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
@@ -308,9 +367,58 @@ def _run_tracked(flow_run: Callable[[], Coroutine[Any, Any, str]]) -> int:
             location = asyncio.run(flow_run())
     except NanoGPTError as error:
         console.print(str(error), style="red", markup=False)
+        if how := _how_to_go_on(error, save_to):
+            console.print(how, markup=False)
         return JOB_FAILED
+    except KeyboardInterrupt:
+        console.print("Stopped. What was submitted is paid for and goes on. To go on with it:", markup=False)
+        console.print(_this_command(save_to), markup=False)
+        return INTERRUPTED
     print(location)
     return 0
+
+
+def _this_command(save_to: str, *more: str) -> str:
+    """Give the command that was typed, with the folder that its record of what is paid for is in."""
+    words = sys.argv[1:]
+    if not any(word.partition("=")[0] == "--save-to" for word in words):
+        words = [*words, "--save-to", absolute(save_to)]
+    return shlex.join(["prefect-nanogpt", *words, *more])
+
+
+def _how_to_go_on(error: NanoGPTError, save_to: str) -> str | None:
+    """Say how to go on after a failed run, as a whole command; None where another run would end in the same way."""
+    is_about_a_ticket = sys.argv[1:2] == ["wait"]
+    again = _this_command(save_to)
+    match error:
+        case SubmissionUncertain():
+            return _to_resubmit("submit it anew, and perhaps pay twice", "uncertain", save_to)
+        case BatchPartial():
+            how = f"To do what is missing:\n{again}"
+            if any(row.outcome == SubmissionUncertain.default_code for row in error.rows):
+                how += "\n" + _to_resubmit(
+                    "submit the uncertain lines too, and perhaps pay twice", "uncertain", save_to
+                )
+            return how
+        case ContentPolicyViolation():
+            return None
+        case TTSJobRejected():
+            return None if is_about_a_ticket else f"To submit the text anew, and pay for it again:\n{again}"
+        case _ if error.ticket is not None:
+            how = f"It is paid for. To go on with it, at no cost:\n{again}"
+            if error.http_status == httpx.codes.NOT_FOUND and not is_about_a_ticket:
+                how += "\n" + _to_resubmit("submit the text anew, and pay for it again", "lost", save_to)
+            return how
+        case AudioError() if not error.retryable and error.code != "AUDIO_NOT_JOINABLE":
+            return _to_resubmit("submit the text anew, and pay for it again", "lost", save_to)
+        case _ if error.retryable:
+            return f"To try again:\n{again}"
+        case _:
+            return None
+
+
+def _to_resubmit(what: str, which: str, save_to: str) -> str:
+    return f"To {what}:\n{_this_command(save_to, '--resubmit', which)}"
 
 
 @contextmanager
@@ -328,6 +436,8 @@ def _progress() -> Iterator[None]:
         # Left in place until the process ends: Prefect has more to log on its way out.
         prefect_logger.handlers = [_OwnRecords(show)]
         prefect_logger.propagate = False
+        for worker in ("EventsWorker", "APILogWorker"):  # on a busy machine they warn that they are still at work
+            logging.getLogger(worker).setLevel(logging.CRITICAL)
         yield
 
 

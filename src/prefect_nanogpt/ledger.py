@@ -1,0 +1,479 @@
+"""What is known of every job that money may have been spent on: notes beside the audio, written once.
+
+The notes are small JSON files in the folder `.nanogpt` of the folder where the audio goes, so they are as durable and
+as shared as the audio itself. Prefect's results and caches play no part. A note is called
+
+    <job>.<try>.<state>.json
+
+where the job is a digest of what is asked for, and the state is one of
+
+- `sent`: written the moment before the request leaves, by whoever creates the file and nobody else, and never removed;
+- `answer`: the ticket, or the audio of a model that answers at once;
+- `saved-<digest>`: a file with the audio, one note for each;
+- `over-<why>`: the try came to nothing. `unsent` and `unaccepted` cost nothing as far as is known; `failed`, `refused`
+  and `lost` were charged; of `uncertain` nobody knows.
+- `plan`: into how long parts a text was split, so that another try splits it at the same places.
+
+So one listing of the folder tells which jobs are open. A note that cannot be read is not a note that is not there: what
+is torn counts as sent with an unknown outcome, and a storage that cannot be read is a `StorageError`.
+
+All methods of `Ledger` block; `run` runs them in a thread, and makes `StorageError`s of what the storage raises.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import socket
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from decimal import Decimal
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple, ParamSpec, TypeVar
+
+from pydantic import ValidationError
+
+from prefect_nanogpt.errors import NanoGPTError, StorageError
+from prefect_nanogpt.events import RunReference, run_logger, this_run
+from prefect_nanogpt.models import AudioContent, AudioFile, Completed, Submission, Ticket, TTSRequest
+from prefect_nanogpt.storage import Destination, is_temporary, kept_name
+
+__all__ = ["Entry", "Found", "Job", "Ledger", "Over"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+FOLDER: Final = ".nanogpt"
+SILENCE_SECONDS: Final = 250.0
+"""A submission may take 180 s and its connection 10 s; the rest is for clocks that differ."""
+NOTE_ATTEMPTS: Final = 5
+TORN_SECONDS: Final = 1.0
+_NOTE: Final = re.compile(r"([0-9a-f]{32})\.(\d+)\.(sent|answer|plan|saved-[0-9a-f]{8}|over-[a-z]+)\.json")
+
+Over = Literal["unsent", "unaccepted", "failed", "refused", "lost", "uncertain"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Something to be said, once.
+
+    The same request to the same provider is the same job, whoever asks for it, when, and from where. Another rendition
+    of the same text is another take.
+
+    Args:
+        provider: The base URL of the API: a sandbox's job is never taken for the provider's.
+        request: What to say; None for a job that is known by its ticket or its notes alone.
+        take: Which rendition.
+        name: What to call the file, without extension; None for the run id.
+        ticket: The ticket of a job that was submitted elsewhere.
+        is_part: Whether it is a part of a longer text, whose audio stays in the ledger's folder.
+        noted_as: The digest of a job that is known by its notes alone.
+    """
+
+    provider: str
+    request: TTSRequest | None = None
+    take: int = 1
+    name: str | None = None
+    ticket: Ticket | None = None
+    is_part: bool = False
+    noted_as: str | None = None
+
+    @cached_property
+    def id(self) -> str:
+        """The digest that stands for the job, as 32 hexadecimal digits."""
+        if self.noted_as is not None:
+            return self.noted_as
+        what: Any = {"ticket": self.ticket.run_id if self.ticket else None}
+        if self.request is not None:
+            what = {"request": json.loads(self.request.content()), "take": self.take}
+        identity = json.dumps({"provider": self.provider.rstrip("/"), **what}, sort_keys=True)
+        return hashlib.sha256(identity.encode()).hexdigest()[:32]
+
+
+@dataclass
+class Entry:
+    """The notes of a job, told from their names: the states of each try, by its number, which counts from 1."""
+
+    job: str
+    states: dict[int, set[str]] = field(default_factory=dict)
+
+    @property
+    def last(self) -> int:
+        """The number of the latest try, 0 where there is none."""
+        return max((number for number, states in self.states.items() if states - {"plan"}), default=0)
+
+    @property
+    def over(self) -> Over | None:
+        """How the latest try came to nothing, if it did; of several ends the gravest."""
+        ends: tuple[Over, ...] = ("refused", "failed", "lost", "uncertain", "unaccepted", "unsent")
+        return next((over for over in ends if f"over-{over}" in self._latest), None)
+
+    @property
+    def saved(self) -> list[tuple[int, str]]:
+        """The notes of files with its audio, as try and state."""
+        return [(number, state) for number, states in self.states.items() for state in states if state[:6] == "saved-"]
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the latest try has audio; where that is gone, the provider can be asked for it again."""
+        return self.over is None and any(number == self.last for number, _ in self.saved)
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether the provider has answered the latest try, and nothing has ended it."""
+        return "answer" in self._latest and self.over is None and not self.is_saved
+
+    @property
+    def is_in_the_air(self) -> bool:
+        """Whether the latest try has left, and no answer is known."""
+        return self._latest - {"plan"} == {"sent"}
+
+    @property
+    def is_open(self) -> bool:
+        """Whether somebody should look at the job again: it was sent, and has neither audio nor another end."""
+        return self.is_answered or self.is_in_the_air
+
+    @property
+    def is_paid(self) -> bool:
+        """Whether the latest try is, or may be, paid for and not over, so that fetching it costs nothing."""
+        return self.is_open or self.is_saved
+
+    @property
+    def _latest(self) -> set[str]:
+        return self.states.get(self.last, set())
+
+
+class Found(NamedTuple):
+    """Audio that was saved before: where it is, which try it is of, who paid for it, and when that was saved."""
+
+    audio: AudioFile
+    place: Destination
+    file_name: str
+    number: int
+    paid_by: RunReference
+    paid_at: str
+
+
+class Claim(NamedTuple):
+    """A try that this process alone may submit."""
+
+    job: str
+    number: int
+    token: str
+
+
+class Ledger:
+    """The notes in the folder `.nanogpt` of a folder of audio.
+
+    Args:
+        destination: The folder of the audio.
+        beside: The folder that the notes are in instead, where it is another one.
+    """
+
+    # Of the whole process: attempts of one run, and threads, share what is not on disk yet.
+    _under_way: Final[set[str]] = set()
+    _never_sent: Final[set[str]] = set()
+    _unwritten: Final[dict[str, dict[str, bytes]]] = {}
+    _warned: Final[set[str]] = set()
+
+    def __init__(self, destination: Destination, beside: Destination | None = None) -> None:
+        self.destination = destination
+        self._home = beside or destination
+        self.place = self._home.save_to
+        self.folder = self._home.folder(FOLDER)
+        self._remembered = self._unwritten.setdefault(self.folder.save_to, {})
+
+    @classmethod
+    def of(cls, destination: Destination, elsewhere: str | None = None) -> Ledger:
+        """Find the ledger of a folder: beside the audio, or where `NANOGPT_LEDGER` or the credentials block say."""
+        elsewhere = elsewhere or os.environ.get("NANOGPT_LEDGER") or None
+        return cls(destination, Destination(elsewhere) if elsewhere else None)
+
+    async def run(self, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run a method in a thread; whatever the storage raises becomes a `StorageError`."""
+        return await self.folder.run(method, *args, **kwargs)
+
+    def warnings(self) -> list[str]:
+        """Say what is weak about this place, once in a process."""
+        if self.place in self._warned:
+            return []
+        found = []
+        if self._home.is_local and self._home is self.destination and is_temporary(Path(self.place)):
+            found.append(
+                f"{self.place} is in the system's temporary folder, and with it the record of what is paid for. Save "
+                "elsewhere, or set NANOGPT_LEDGER to a folder that lasts."
+            )
+        if not self.folder.claims_exclusively:
+            found.append(
+                f"{self.place} cannot create a file for one of several writers only. Two runs that say the same text "
+                "there at the same moment may both pay for it; all else is kept as everywhere."
+            )
+        self._warned.add(self.place)
+        return found
+
+    # Reading
+
+    def entries(self, prefix: str = "") -> dict[str, Entry]:
+        """List the jobs whose digests begin with `prefix`, with one listing of the folder."""
+        entries: dict[str, Entry] = {}
+        remembered = {name for name in list(self._remembered) if name.startswith(prefix)}
+        for name in {*self.folder.list_files(prefix), *remembered}:
+            if found := _NOTE.fullmatch(name):
+                job, number, state = found[1], int(found[2]), found[3]
+                entries.setdefault(job, Entry(job)).states.setdefault(number, set()).add(state)
+        return entries
+
+    def entry(self, job: str) -> Entry:
+        """Look up one job."""
+        return self.entries(f"{job}.").get(job) or Entry(job)
+
+    def read_note(self, job: str, number: int, state: str) -> dict[str, Any]:
+        """Read a note; an empty one where there is none, or only a torn one."""
+        for pause in (TORN_SECONDS, 0.0):
+            if (content := self._read(_name(job, number, state))) is None:
+                break
+            with suppress(ValueError):
+                note = json.loads(content, parse_float=Decimal)
+                return note if isinstance(note, dict) else {}
+            time.sleep(pause)  # without hard links a note is there a moment before it is whole
+        return {}
+
+    def _read(self, name: str) -> bytes | None:
+        return self._remembered.get(name) or self.folder.read(name)
+
+    def submission(self, entry: Entry) -> Submission | None:
+        """Read what the provider answered to the latest try; an end has the ticket too. None where that is torn."""
+        for state in sorted(entry.states.get(entry.last, ())):
+            with suppress(ValidationError):
+                match self.read_note(entry.job, entry.last, state):
+                    case {"ticket": dict() as ticket}:
+                        return Ticket.model_validate(ticket)
+                    case {"completed": dict() as completed}:
+                        return Completed.model_validate(completed)
+                    case {"bytes": str() as name, "content_type": content_type}:
+                        if (content := self._read(name)) is not None:
+                            return AudioContent(content=content, content_type=content_type)
+                    case {"audio": dict() as audio, "name": str() as name}:
+                        place, name = self._locate(name)
+                        content = place.read(name)
+                        if content is not None and hashlib.sha256(content).hexdigest() == audio.get("sha256"):
+                            return AudioContent(content=content, content_type=audio.get("content_type"))
+                        if url := audio.get("source_url"):
+                            return Completed(audio_url=url, cost=audio.get("cost"), currency=audio.get("currency"))
+        return None
+
+    def audio(self, entry: Entry) -> Found | None:
+        """Find intact audio of a job."""
+        for number, state in entry.saved:
+            note = self.read_note(entry.job, number, state)
+            try:
+                audio = AudioFile.model_validate(note.get("audio"))
+                paid_by = RunReference.model_validate(note.get("run") or {})
+            except ValidationError:
+                continue
+            place, name = self._locate(str(note.get("name")))
+            for candidate in (name, kept_name(name, audio.sha256)):
+                if place.has(candidate, audio.size_bytes, audio.sha256):
+                    audio = audio.model_copy(update={"location": place.location_of(candidate)})
+                    return Found(audio, place, candidate, number, paid_by, str(note.get("at", "")))
+        return None
+
+    def _locate(self, name: str) -> tuple[Destination, str]:
+        """Tell the folder of a file that a note names: that of a part is the ledger's own."""
+        if name.startswith(f"{FOLDER}/"):
+            return self.folder, name.removeprefix(f"{FOLDER}/")
+        return self.destination, name
+
+    def costs(self, *entries: Entry) -> dict[str | None, Decimal]:
+        """Sum up what the tries of jobs were charged, by currency. Refunds are not known."""
+        costs: dict[str | None, Decimal] = {}
+        tries = [(entry.job, number, states) for entry in entries for number, states in entry.states.items()]
+        for job, number, states in tries:
+            for state in sorted(states - {"sent", "plan"}):
+                note = self.read_note(job, number, state)
+                told = note.get("ticket") or note.get("completed") or note.get("audio") or {}
+                if told.get("cost") is not None:
+                    currency = told.get("paymentSource") or told.get("currency")
+                    costs[currency] = costs.get(currency, Decimal(0)) + Decimal(str(told["cost"]))
+                    break  # every note of a try tells of the same charge
+        return costs
+
+    def may_still_be_answered(self, entry: Entry) -> bool:
+        """Whether whoever sent the latest try may still be waiting for the answer."""
+        note = self.read_note(entry.job, entry.last, "sent")
+        if note.get("token") in self._under_way:
+            return True
+        try:
+            age = datetime.now(UTC) - datetime.fromisoformat(note["at"])
+            return not _is_gone(note["sender"]) and age.total_seconds() < SILENCE_SECONDS
+        except (KeyError, TypeError, ValueError):
+            return False
+
+    def was_never_sent(self, entry: Entry) -> bool:
+        """Whether the latest try is one of this process that certainly did not leave."""
+        return self.read_note(entry.job, entry.last, "sent").get("token") in self._never_sent
+
+    # Writing
+
+    def claim(self, job: Job, number: int) -> Claim | None:
+        """Note that a try is about to be sent; None where another has noted it first.
+
+        Raises:
+            StorageError: It is not known whether the note was written, and so nothing may be sent.
+        """
+        claim = Claim(job.id, number, secrets.token_hex(16))
+        note = self._about(job) | {"token": claim.token, "sender": _this_process(), "is_part": job.is_part}
+        if job.request is not None:
+            note |= {"model": job.request.model, "text": job.request.text[:200], "take": job.take}
+        self._under_way.add(claim.token)
+        try:
+            if self.folder.create(_name(job.id, number, "sent"), _json(note)):
+                return claim
+        except Exception as error:
+            self.release(claim, never_sent=True)
+            raise error if isinstance(error, NanoGPTError) else self.folder.failure(error) from error
+        self.release(claim)
+        return None
+
+    def release(self, claim: Claim, *, never_sent: bool = False) -> None:
+        """Say that this process has no request of the claim in the air any more, or that it never had."""
+        if never_sent:
+            self._never_sent.add(claim.token)
+        self._under_way.discard(claim.token)
+
+    def note_answer(self, claim: Claim, submission: Submission) -> StorageError | None:
+        """Note what the provider answered; where that fails, remember it, and give the failure."""
+        note: dict[str, Any] = {}
+        match submission:
+            case Ticket():
+                note["ticket"] = submission.model_dump(mode="json", exclude_none=True)
+            case Completed():
+                note["completed"] = submission.model_dump(mode="json", exclude_none=True)
+            case AudioContent():
+                name = f"{claim.job}.{claim.number}.bytes"
+                note |= {"bytes": name, "content_type": submission.content_type}
+                self._write(name, submission.content)
+        return self._write(_name(claim.job, claim.number, "answer"), _json(note))
+
+    def note_over(self, job: str, number: int, over: Over, error: NanoGPTError) -> bool:
+        """Note that a try came to nothing, and whether this call did."""
+        note: dict[str, Any] = {"code": error.code, "message": error.message}
+        if error.ticket is not None:
+            note["ticket"] = error.ticket.model_dump(mode="json", exclude_none=True)
+        return self._end(job, number, f"over-{over}", note)
+
+    def note_saved(self, job: str, number: int, audio: AudioFile, paid_by: RunReference | None = None) -> bool:
+        """Note a file that has the audio of a try, and whether this call did."""
+        folder, _, name = audio.location.rpartition("/")
+        if f"{folder}/" == self.folder.location_of(""):
+            name = f"{FOLDER}/{name}"
+        key = hashlib.sha256(f"{name} {audio.sha256}".encode()).hexdigest()[:8]
+        note: dict[str, Any] = {"name": name, "audio": audio.model_dump(mode="json", exclude_none=True)}
+        if audio.ticket is not None:
+            note["ticket"] = audio.ticket.model_dump(mode="json", exclude_none=True)
+        if paid_by is not None:
+            note["run"] = paid_by.model_dump()
+        is_new = self._end(job, number, f"saved-{key}", note)
+        bytes_of_answer = [] if audio.ticket else [f"{job}.{number}.bytes"]
+        for tidied in (_name(job, number, "answer"), *bytes_of_answer):
+            self._remembered.pop(tidied, None)
+            try:
+                self.folder.remove(tidied)
+            except Exception as error:  # not allowed to, or not now; the end counts all the same
+                run_logger().debug("%s cannot be removed: %s", tidied, error)
+        return is_new
+
+    def note_ticket(self, job: Job, ticket: Ticket) -> None:
+        """Note the ticket of a job that was submitted elsewhere, so that it is open like any other."""
+        note = self._about(job) | {"ticket": ticket.model_dump(mode="json", exclude_none=True)}
+        self.folder.create(_name(job.id, 1, "answer"), _json(note))
+
+    def note_plan(self, job: str, limit: int) -> None:
+        """Note into how long parts a text is split."""
+        self.folder.create(_name(job, 1, "plan"), _json({"limit": limit}))
+
+    def flush(self) -> None:
+        """Try again to write what could not be written."""
+        for name, content in list(self._remembered.items()):
+            self._write(name, content, attempts=1)
+
+    def _about(self, job: Job) -> dict[str, Any]:
+        """Give what the collector needs to know of a job."""
+        note: dict[str, Any] = {"provider": job.provider, "name": job.name}
+        if self._home is not self.destination:
+            note["save_to"] = self.destination.save_to
+        return note
+
+    def _end(self, job: str, number: int, state: str, note: Mapping[str, Any]) -> bool:
+        try:
+            return self.folder.create(_name(job, number, state), _json(note))
+        except Exception as error:
+            run_logger().warning("The ledger cannot be written, so job %s stays as it was there: %s", job, error)
+            return False
+
+    def _write(self, name: str, content: bytes, attempts: int = NOTE_ATTEMPTS) -> StorageError | None:
+        """Write a note that must not be lost; as long as that fails, this process remembers it."""
+        failure: Exception | None = None
+        self._remembered[name] = content
+        for attempt in range(attempts):
+            try:
+                self.folder.create(name, content)
+            except Exception as error:
+                failure = error
+                time.sleep(0.05 * 2**attempt)
+            else:
+                self._remembered.pop(name, None)
+                return None
+        assert failure is not None
+        return failure if isinstance(failure, StorageError) else self.folder.failure(failure)
+
+
+def _this_process() -> dict[str, Any]:
+    """Describe this process, so that others on the machine can tell whether it still lives."""
+    return {"machine": _machine(), "pid": os.getpid(), "started": _started(os.getpid())}
+
+
+def _is_gone(sender: Mapping[str, Any]) -> bool:
+    """Whether a process that sent something is dead, or is this one, which would know of it."""
+    if sender["machine"] != _machine() or os.name == "nt":  # where the signal 0 is Ctrl-C
+        return False
+    try:
+        os.kill(sender["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return bool(sender["pid"] == os.getpid() or _started(sender["pid"]) != sender["started"])
+
+
+def _machine() -> str:
+    """Name the machine, its boot and the space that its process ids are of."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
+
+
+def _started(pid: int) -> str | None:
+    """When a process began, in the kernel's ticks, so that a number that is used again is another process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def _name(job: str, number: int, state: str) -> str:
+    return f"{job}.{number}.{state}.json"
+
+
+def _json(note: Mapping[str, Any]) -> bytes:
+    """Write a note. Its time and run make it unlike another's, so that nobody takes that for its own."""
+    told = {"at": datetime.now(UTC).isoformat(), "run": this_run().model_dump(), **note}
+    return json.dumps(told, ensure_ascii=False, default=str).encode()

@@ -1,0 +1,674 @@
+"""Where audio goes: a local folder, any fsspec URL or a saved block, and never half a file.
+
+Audio is streamed to a temporary local file, hashed on the way, checked, and only then moved or uploaded to its name.
+"Cannot be read" is never taken for "not there": not there is `FileNotFoundError`, anything else is a `StorageError`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import os
+import random
+import re
+import secrets
+import stat
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO, Final, ParamSpec, TypeVar
+from urllib.parse import urlsplit
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from prefect.settings import PREFECT_HOME
+
+from prefect_nanogpt.errors import AudioError, NanoGPTError, StorageError
+from prefect_nanogpt.models import AudioFile
+from prefect_nanogpt.waveform import measure
+
+try:
+    import fcntl
+except ImportError:  # Windows, which refuses by itself to delete a file that is open
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["BLOCK", "Destination", "absolute", "container_of", "file_stem"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+LARGEST_AUDIO_BYTES: Final = 1024**3
+CONTENT_TYPES: Final = {
+    "mp3": "audio/mpeg",
+    "wav": "audio/wav",
+    "ogg": "audio/ogg",
+    "flac": "audio/flac",
+    "mp4": "audio/mp4",
+    "aac": "audio/aac",
+}
+# An upload to these shows under its name only once it is whole. Elsewhere it goes to another name first.
+_BUCKETS: Final = frozenset({"s3", "gs", "abfs", "memory"})
+# Their drivers create an object only where there is none, as one operation.
+_EXCLUSIVE: Final = frozenset({"s3", "gs", "abfs", "memory"})
+BLOCK: Final = "remote-file-system/"
+CREATE_ATTEMPTS: Final = 5
+_ONE_THREAD: Final = threading.RLock()
+_HEAD_BYTES: Final = 12
+_BLOCK_BYTES: Final = 1024**2
+_PART: Final = ".part"
+# What a file system says that has no hard links.
+_NO_LINKS: Final = frozenset({errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+_AUDIO_NAME: Final = re.compile(rf"\.({'|'.join(CONTENT_TYPES)}|opus|m4a)$", re.IGNORECASE)
+
+
+def container_of(head: bytes) -> str | None:
+    """Tell the container from the first bytes of a file (12 are enough); None where they are not audio.
+
+    Example:
+        >>> container_of(b"ID3\\x04\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00")
+        'mp3'
+    """
+    if head.startswith(b"ID3"):
+        return "mp3"
+    if head.startswith(b"RIFF") and head[8:12] == b"WAVE":
+        return "wav"
+    if head.startswith(b"OggS"):
+        return "ogg"
+    if head.startswith(b"fLaC"):
+        return "flac"
+    if head[4:8] == b"ftyp":
+        return "mp4"
+    if len(head) > 2 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0:
+        return "aac"
+    # An MPEG frame header: sync word, a version that exists, layer II or III, a bit rate that is not the forbidden one.
+    # Layer I is as good as extinct, and UTF-16 text begins like it.
+    if len(head) > 2 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0:
+        version, layer, bit_rate = head[1] >> 3 & 3, head[1] >> 1 & 3, head[2] >> 4
+        if version != 1 and layer in (1, 2) and bit_rate != 15:
+            return "mp3"
+    return None
+
+
+def file_stem(run_id: str) -> str:
+    """Make a file name, without extension, of a run id, which is the provider's word and may hold anything.
+
+    Ids that differ give names that differ.
+
+    Example:
+        >>> file_stem("98b0d593-fe8d-49b8-89c9-233022232297")
+        '98b0d593-fe8d-49b8-89c9-233022232297'
+    """
+    if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}", run_id):
+        return run_id
+    readable = re.sub(r"[^A-Za-z0-9_-]+", "-", run_id).strip("-")[:60]
+    return f"{readable}-{hashlib.sha256(run_id.encode()).hexdigest()[:16]}".lstrip("-")
+
+
+def absolute(save_to: str | os.PathLike[str]) -> str:
+    """Give the place that `save_to` means, as an absolute path, a URL or the reference of a block.
+
+    A relative folder is relative to the working directory. Prefect's process worker gives the run of a deployment a
+    temporary one and removes it afterwards, audio included; there it is relative to `NANOGPT_HOME` instead, by default
+    the folder `nanogpt` in Prefect's home.
+
+    Example:
+        >>> absolute("s3://bucket/speech")
+        's3://bucket/speech'
+    """
+    save_to = os.fspath(save_to)
+    if not save_to.strip() or "://" in save_to or "::" in save_to or save_to.startswith(BLOCK):
+        return save_to
+    folder = Path(save_to).expanduser()
+    if not folder.is_absolute() and _is_lost_with_the_run(Path.cwd()):
+        folder = Path(os.environ.get("NANOGPT_HOME") or PREFECT_HOME.value() / "nanogpt").expanduser() / folder
+    return os.path.abspath(folder)
+
+
+def _is_lost_with_the_run(folder: Path) -> bool:
+    # Prefect sets the variable in the process of a deployment's run, and in no other.
+    return "PREFECT__FLOW_RUN_ID" in os.environ and is_temporary(folder)
+
+
+def is_temporary(folder: Path) -> bool:
+    """Whether a folder is in the system's temporary folder."""
+    temporary = Path(tempfile.gettempdir()).resolve()
+    return temporary in (folder.resolve(), *folder.resolve().parents)
+
+
+class _OneThread:
+    """A file system for one thread at a time: drivers that are not asynchronous talk over one connection, if any."""
+
+    def __init__(self, fs: Any) -> None:
+        self._fs = fs
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._fs, name)
+        if not callable(found):
+            return found
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with _ONE_THREAD:
+                return found(*args, **kwargs)
+
+        return call
+
+
+class Destination:
+    """A folder for audio: local, behind an fsspec URL such as `s3://bucket/speech`, or in a saved block.
+
+    A URL's credentials are found as its driver does, in the environment and the usual files. A block is Prefect's
+    Remote File System, which has URL and credentials together, referred to as `remote-file-system/BLOCK_NAME`.
+
+    Args:
+        save_to: A path, a URL, or the reference of a block.
+
+    Raises:
+        StorageError: The URL's protocol is not known, or its driver is not installed.
+        NanoGPTError: It is the name of an audio file (code `INVALID_REQUEST`).
+
+    Example:
+        >>> Destination("audio").is_local
+        True
+    """
+
+    def __init__(self, save_to: str | os.PathLike[str]) -> None:
+        save_to = os.fspath(save_to)
+        if not save_to.strip():
+            raise StorageError("save_to is empty: give a folder or a URL such as s3://bucket/speech.")
+        if _AUDIO_NAME.search(save_to):
+            raise NanoGPTError(
+                f"save_to={save_to!r} is a folder, and this looks like a file. Give the folder, and the name of the "
+                "file without its extension as `name`. Nothing was submitted.",
+                code="INVALID_REQUEST",
+            )
+        self.save_to = absolute(save_to)
+        # A block is loaded when it is needed, in a thread, because that asks the Prefect server.
+        self.is_local = not save_to.startswith(BLOCK) and isinstance(self.fs, LocalFileSystem)
+
+    def folder(self, name: str) -> Destination:
+        """Give the folder of that name in this one."""
+        folder = object.__new__(Destination)
+        folder.save_to = f"{self.save_to.rstrip('/')}/{name}"
+        folder.is_local = self.is_local
+        folder._parent = (self, name)
+        return folder
+
+    async def save(self, chunks: AsyncIterator[bytes], stem: str, *, expected_bytes: int | None = None) -> AudioFile:
+        """Stream audio to its place. Other audio that has the name is kept beside, as `<name>.<digest>.<extension>`.
+
+        Args:
+            chunks: The bytes of the audio.
+            stem: The name of the file; the extension follows from the bytes.
+            expected_bytes: The announced size, where there is one.
+
+        Returns:
+            Location, container, size, digest and, where it can be told, duration.
+
+        Raises:
+            AudioError: The audio is empty, cut short, too large, or not audio at all. Nothing is left behind.
+            StorageError: It cannot be written.
+        """
+        folder = Path(self.root) if self.is_local else Path(tempfile.gettempdir())
+        _remove_leftovers(folder, "*" if self.is_local else stem)
+        digest = hashlib.sha256()
+        size = 0
+        head = b""
+        block = bytearray()
+        writing: asyncio.Future[None] | None = None
+        with self._explained(), _temporary_file(folder, stem) as (file, part):
+
+            def write(block: bytearray) -> None:
+                digest.update(block)
+                file.write(block)
+
+            try:
+                async for chunk in chunks:
+                    size += len(chunk)
+                    if size > LARGEST_AUDIO_BYTES:
+                        raise AudioError(f"The audio is larger than {LARGEST_AUDIO_BYTES} bytes.")
+                    if len(head) < _HEAD_BYTES:
+                        head += chunk[: _HEAD_BYTES - len(head)]
+                    block += chunk
+                    if len(block) >= _BLOCK_BYTES:  # written while the next one comes in
+                        if writing is not None:
+                            await writing
+                        writing = asyncio.ensure_future(asyncio.to_thread(write, block))
+                        block = bytearray()
+            finally:
+                if writing is not None:
+                    await writing
+            container = _checked(head, size, expected_bytes)
+
+            def finish() -> tuple[float | None, tuple[int, ...], str]:
+                write(block)
+                file.flush()
+                os.fsync(file.fileno())
+                duration, peaks = measure(part, container)
+                if fcntl is None:
+                    file.close()
+                return duration, peaks, self._publish(part, stem, container, digest.hexdigest())
+
+            duration, peaks, location = await asyncio.to_thread(finish)
+        return AudioFile(
+            location=location,
+            container=container,
+            content_type=CONTENT_TYPES[container],
+            size_bytes=size,
+            sha256=digest.hexdigest(),
+            duration_seconds=duration,
+            peaks=peaks,
+        )
+
+    def location_of(self, name: str) -> str:
+        """Give the path or URL of a file here. A block must have been used before, since asking for it blocks."""
+        return self._location(f"{self.root}/{name}")
+
+    # What follows blocks: `run` runs it in a thread.
+
+    def list_files(self, prefix: str = "") -> dict[str, int]:
+        """List the files here whose names begin with `prefix`: name and size in bytes."""
+        sizes = {}
+        if self.is_local:
+            try:
+                names = os.listdir(self.root)
+            except FileNotFoundError:
+                return {}
+            for name in names:
+                with suppress(FileNotFoundError):  # removed by another process in between
+                    if name.startswith(prefix) and stat.S_ISREG((found := os.stat(f"{self.root}/{name}")).st_mode):
+                        sizes[name] = found.st_size
+            return sizes
+        self.fs.invalidate_cache()
+        with suppress(FileNotFoundError):
+            if prefix and self.is_bucket:  # one request, however many objects there are
+                files = self.fs.find(self.root, prefix=prefix, detail=True).values()
+            else:
+                files = self.fs.ls(self.root, detail=True)
+            for file in files:
+                folder, _, name = file["name"].rpartition("/")
+                if file["type"] == "file" and name.startswith(prefix) and folder.strip("/") == self.root.strip("/"):
+                    sizes[name] = file["size"]
+        return sizes
+
+    def read(self, name: str) -> bytes | None:
+        """Read a small file from here; None where there is none."""
+        try:
+            if self.is_local:
+                return Path(self.root, name).read_bytes()
+            return bytes(self.fs.cat_file(f"{self.root}/{name}"))
+        except FileNotFoundError:
+            return None
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Create a small file, durably, where there is none; whether this call has created it.
+
+        The content must be the caller's alone: a driver that tries again by itself after a lost answer is told that
+        the file is there, and then only the content says by whom.
+
+        Raises:
+            StorageError: It is not known whether the file was created.
+        """
+        path = f"{self.root}/{name}"
+        if self.is_local:
+            return _create(Path(path), content)
+        if not self.claims_exclusively:
+            with _ONE_THREAD:
+                if self.read(name) is not None:
+                    return False
+                if not self.is_bucket:
+                    self.fs.makedirs(self.root, exist_ok=True)
+                self.fs.pipe_file(path, content)
+            return True
+        for attempt in range(CREATE_ATTEMPTS):
+            try:
+                self.fs.pipe_file(path, content, mode="create")
+                return True
+            except (FileNotFoundError, PermissionError):
+                raise
+            except Exception as error:
+                # Besides "it is there" this may be a lost answer, or a 409, which only says that somebody is at it.
+                if (found := self.read(name)) is not None:
+                    return found == content
+                _pause(attempt, self.failure(error))
+        raise AssertionError
+
+    @cached_property
+    def claims_exclusively(self) -> bool:
+        """Whether a file can be created here by one of several that try at once. Some stores ignore the condition."""
+        if self.is_local:
+            return True
+        if self._protocols.isdisjoint(_EXCLUSIVE):
+            return False
+        probe = f"{self.root}/probe"
+        created = 0
+        for attempt in range(CREATE_ATTEMPTS):
+            try:
+                self.fs.pipe_file(probe, b"Two writers cannot both create this.", mode="create")
+                created += 1
+                if created == 2:
+                    return False
+            except (FileNotFoundError, PermissionError):
+                raise
+            except Exception as error:
+                if _says_it_exists(error):
+                    return True
+                if isinstance(error, OSError) and error.errno == errno.ENOSYS:
+                    return False
+                _pause(attempt, self.failure(error))
+        raise AssertionError
+
+    def remove(self, name: str) -> None:
+        """Remove a file from here, if it is there."""
+        with suppress(FileNotFoundError):
+            if self.is_local:
+                os.unlink(f"{self.root}/{name}")
+            else:
+                self.fs.rm_file(f"{self.root}/{name}")
+
+    def copy_from(self, place: Destination, name: str, stem: str, container: str) -> str:
+        """Copy a file from a folder to this one, and give its location; other audio of the name is kept beside."""
+        folder = Path(self.root) if self.is_local else Path(tempfile.gettempdir())
+        digest = hashlib.sha256()
+        with (
+            place._turn(),
+            place.fs.open(f"{place.root}/{name}", "rb") as source,
+            _temporary_file(folder, stem) as (file, part),
+        ):
+            while block := source.read(_BLOCK_BYTES):
+                digest.update(block)
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            if fcntl is None:
+                file.close()
+            return self._publish(part, stem, container, digest.hexdigest())
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file, whole or not at all."""
+        folder = Path(self.root) if self.is_local else Path(tempfile.gettempdir())
+        with _temporary_file(folder, name) as (file, part):
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+            self._move(part, name)
+
+    def check(self) -> None:
+        """Make sure that a local folder exists and can be written, or that a bucket exists and can be read."""
+        if self.is_local:
+            Path(self.root).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
+        elif self.is_bucket:
+            self.fs.find(self.root, prefix=_PART)
+
+    def find(self, stem: str) -> AudioFile | None:
+        """Look for finished audio of that name, whatever its extension. Nothing but finished audio ever has it."""
+        for name, size in self._audio_called(stem).items():
+            container = name.rpartition(".")[2]
+            path = f"{self.root}/{name}"
+            duration, peaks = measure(Path(path), container) if self.is_local else (None, ())
+            return AudioFile(
+                location=self._location(path),
+                container=container,
+                content_type=CONTENT_TYPES[container],
+                size_bytes=size,
+                sha256=self._digest(path),
+                duration_seconds=duration,
+                peaks=peaks,
+            )
+        return None
+
+    def _audio_called(self, stem: str) -> dict[str, int]:
+        """List the audio of that name: file name and size in bytes."""
+        names = [f"{stem}.{container}" for container in CONTENT_TYPES]
+        if self.is_local:  # listing a folder of thousands for each file is slow
+            return {name: os.path.getsize(path) for name in names if (path := Path(self.root, name)).is_file()}
+        here = self.list_files(f"{stem}.")
+        return {name: here[name] for name in names if name in here}
+
+    def has(self, name: str, size_bytes: int, sha256: str) -> bool:
+        """Whether a file is here with these bytes."""
+        path = f"{self.root}/{name}"
+        try:
+            self.fs.invalidate_cache()
+            if int(self.fs.info(path)["size"]) != size_bytes:
+                return False
+            return self._digest(path) == sha256
+        except FileNotFoundError:
+            return False
+
+    def _digest(self, path: str) -> str:
+        digest = hashlib.sha256()
+        with self._turn(), self.fs.open(path, "rb") as file:
+            while chunk := file.read(_BLOCK_BYTES):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    def _publish(self, part: Path, stem: str, container: str, sha256: str) -> str:
+        for name in self._audio_called(stem):
+            self._keep_beside(name, sha256)
+        return self._move(part, f"{stem}.{container}")
+
+    def _keep_beside(self, name: str, sha256: str) -> None:
+        """Give audio that has been paid for a name of its own before other audio takes its place."""
+        with suppress(FileNotFoundError):  # somebody else has done it
+            if (old := self._digest(f"{self.root}/{name}")) != sha256:
+                self.fs.mv(f"{self.root}/{name}", f"{self.root}/{kept_name(name, old)}")
+
+    def _move(self, part: Path, name: str) -> str:
+        path = f"{self.root}/{name}"
+        if self.is_local:
+            os.replace(part, path)
+            _sync_folder(Path(self.root))
+            return path
+        try:
+            if self.is_bucket:
+                self.fs.put_file(str(part), path, **self._content_type(name))
+            else:
+                self.fs.makedirs(self.root, exist_ok=True)
+                self.fs.put_file(str(part), path + _PART)
+                self.fs.mv(path + _PART, path)
+        except Exception as error:  # the drivers of buckets have families of errors of their own
+            raise self.failure(error) from error
+        return self._location(path)
+
+    _parent: tuple[Destination, str] | None = None
+
+    @cached_property
+    def _place(self) -> tuple[Any, str, str]:
+        if self._parent is not None:
+            parent, name = self._parent
+            return parent.fs, f"{parent.root}/{name}", parent._place[2]
+        url, settings = self.save_to, {}
+        try:
+            if url.startswith(BLOCK):
+                from prefect.filesystems import RemoteFileSystem
+
+                # In a thread there is no loop to await in, but the flow's context may still say so.
+                block: Any = RemoteFileSystem.load(url.removeprefix(BLOCK), _sync=True)  # type: ignore[call-arg]
+                url, settings = block.basepath, block.settings
+            fs, root = fsspec.core.url_to_fs(url, **settings)
+        except Exception as error:  # some drivers log in at once
+            is_final = isinstance(error, (ImportError, ValueError))
+            raise StorageError(f"save_to={self.save_to!r} cannot be used: {error}", retryable=not is_final) from None
+        if not fs.async_impl and not isinstance(fs, LocalFileSystem):
+            fs = _OneThread(fs)
+        return fs, root.rstrip("/"), re.sub(":[^@]*@", "@", urlsplit(url).netloc)
+
+    def _turn(self) -> AbstractContextManager[Any]:
+        return _ONE_THREAD if isinstance(self.fs, _OneThread) else nullcontext()
+
+    @property
+    def fs(self) -> Any:
+        """The fsspec file system."""
+        return self._place[0]
+
+    @property
+    def root(self) -> str:
+        """The folder as its driver spells it."""
+        return self._place[1]
+
+    @property
+    def _protocols(self) -> set[str]:
+        protocol = self.fs.protocol
+        return {protocol} if isinstance(protocol, str) else set(protocol)
+
+    @property
+    def is_bucket(self) -> bool:
+        """Whether an upload shows under its name only once it is whole, and folders are parts of names."""
+        return not self._protocols.isdisjoint(_BUCKETS)
+
+    def _content_type(self, name: str) -> dict[str, str]:
+        """Name the MIME type as the driver wants it; drivers guess from the temporary name, which says nothing."""
+        option = {"s3": "ContentType", "gs": "content_type"}
+        content_type = CONTENT_TYPES.get(name.rpartition(".")[2], "application/jsonl")
+        return {option[protocol]: content_type for protocol in self._protocols & option.keys()}
+
+    def _location(self, path: str) -> str:
+        if self.is_local:
+            return path
+        location = str(self.fs.unstrip_protocol(path))
+        # The drivers of other machines, SFTP's for one, leave out which machine it is.
+        return location.replace(":///", f"://{self._place[2]}/", 1) if hasattr(self.fs, "host") else location
+
+    async def run(self, look: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run what blocks in a thread; whatever the driver raises becomes a `StorageError`."""
+        try:
+            return await asyncio.to_thread(look, *args, **kwargs)
+        except NanoGPTError:
+            raise
+        except Exception as error:
+            if self.is_local and not isinstance(error, OSError):
+                raise
+            raise self.failure(error) from error
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self.failure(error) from error
+
+    def failure(self, error: Exception) -> StorageError:
+        """Make the error of a failed access."""
+        words = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+        is_final = isinstance(error, (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError))
+        return StorageError(f"{self.save_to} cannot be used: {words.rstrip('.')}.", retryable=not is_final)
+
+
+def kept_name(name: str, sha256: str) -> str:
+    """Give the name under which audio is kept once other audio has taken its own.
+
+    Example:
+        >>> kept_name("line-7.mp3", "0a1b2c3d4e5f")
+        'line-7.0a1b2c3d.mp3'
+    """
+    stem, _, extension = name.rpartition(".")
+    return f"{stem}.{sha256[:8]}.{extension}"
+
+
+def _says_it_exists(error: Exception) -> bool:
+    """Whether a driver was told that a file exists: s3fs says so only where the store names the failed condition."""
+    response = getattr(error.__cause__, "response", None) or {}
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return isinstance(error, FileExistsError) or status == 412
+
+
+def _pause(attempt: int, failure: StorageError) -> None:
+    """Wait before another attempt; after the last one, fail."""
+    if attempt == CREATE_ATTEMPTS - 1:
+        raise failure
+    time.sleep(0.1 * 2**attempt * (1 + random.random()))
+
+
+def _create(path: Path, content: bytes) -> bool:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{secrets.token_hex(8)}{_PART}")
+    try:
+        _write_durably(part, content)
+        try:
+            os.link(part, path)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            # Others may see it empty for a moment, and take that for a submission of unknown outcome, as they should.
+            _write_durably(path, content)
+    except FileExistsError:
+        return False
+    finally:
+        part.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+    return True
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut, where the system has a way."""
+    with suppress(PermissionError):  # Windows opens no folders, and needs no such thing
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+def _checked(head: bytes, size: int, expected_bytes: int | None) -> str:
+    if size == 0:
+        raise AudioError("The audio is empty.", code="AUDIO_EMPTY", retryable=True)
+    if expected_bytes is not None and size != expected_bytes:
+        raise AudioError(
+            f"The audio was cut short: {size} of {expected_bytes} bytes.",
+            code="AUDIO_TRUNCATED",
+            retryable=True,
+        )
+    container = container_of(head)
+    if container is None:
+        looks_like = "a web page" if head.lstrip()[:1] == b"<" else "JSON" if head.lstrip()[:1] in b"{[" else "data"
+        raise AudioError(
+            f"What the provider calls audio is {looks_like} that begins with {head!r}.",
+            code="AUDIO_INVALID",
+            retryable=True,
+        )
+    return container
+
+
+@contextmanager
+def _temporary_file(folder: Path, stem: str) -> Iterator[tuple[BinaryIO, Path]]:
+    """Open a temporary file that is locked for as long as its process lives."""
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f".{stem}.{secrets.token_hex(4)}{_PART}"
+    try:
+        with part.open("xb") as file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # Between the opening and the lock it looked like a leftover.
+            if part.exists():
+                yield file, part
+                return
+        with _temporary_file(folder, stem) as another:
+            yield another
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@lru_cache(maxsize=1024)
+def _remove_leftovers(folder: Path, stem: str) -> None:
+    """Remove the temporary files whose process was killed: those that nobody holds a lock on.
+
+    Once in a process is enough, and looking through a folder of thousands for each new file is slow.
+    """
+    for leftover in folder.glob(f".{stem}.????????{_PART}"):
+        with suppress(OSError), leftover.open("rb") as file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            leftover.unlink()

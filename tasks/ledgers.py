@@ -1,0 +1,53 @@
+"""Opening the ledger of a folder, and telling Prefect where it is, so that `collect_open_tickets` finds it."""
+
+import hashlib
+import json
+import socket
+from os import PathLike
+from typing import Final
+
+from prefect.client.orchestration import get_client
+
+from prefect_nanogpt.credentials import NanoGPTCredentials, known_credentials
+from prefect_nanogpt.events import run_logger, this_run
+from prefect_nanogpt.ledger import Ledger
+from prefect_nanogpt.storage import Destination
+
+__all__ = ["LABEL", "open_ledger"]
+
+LABEL: Final = "nanogpt.ledger."
+"""A flow run has a label that begins so for each ledger it uses."""
+
+_told: set[tuple[str | None, str]] = set()
+
+
+async def open_ledger(save_to: str | PathLike[str], credentials: NanoGPTCredentials | None) -> Ledger:
+    """Open the ledger of a folder, after making sure that the folder can be used.
+
+    Raises:
+        StorageError: It cannot.
+    """
+    destination = Destination(save_to)
+    await destination.run(destination.check)
+    known = await known_credentials(credentials)
+    ledger = Ledger.of(destination, known.ledger if known else None)
+    for warning in await ledger.run(ledger.warnings):
+        run_logger().warning(warning)
+    await _tell(ledger)
+    return ledger
+
+
+async def _tell(ledger: Ledger) -> None:
+    """Label the flow run with the place of the ledger; it is only for finding what is left open."""
+    run = this_run()
+    if run.id is None or (run.id, ledger.place) in _told:
+        return
+    place = json.dumps({"place": ledger.place, "machine": socket.gethostname()})
+    key = LABEL + hashlib.sha256(ledger.place.encode()).hexdigest()[:8]
+    try:
+        async with get_client() as client:
+            await client.update_flow_run_labels(run.id, {key: place})  # type: ignore[arg-type]
+    except Exception as error:
+        run_logger().warning("Prefect could not be told where the ledger is, for collect-open-tickets: %s", error)
+    else:
+        _told.add((run.id, ledger.place))

@@ -1,0 +1,140 @@
+"""A text that is longer than its model takes, as parts: each a job of its own, joined into one file."""
+
+import asyncio
+import tempfile
+import time
+from collections.abc import AsyncIterator, Collection, Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Final
+
+from prefect_nanogpt.budget import Budget, usd_in
+from prefect_nanogpt.client import NanoGPTClient
+from prefect_nanogpt.errors import AudioError, NanoGPTError
+from prefect_nanogpt.events import run_logger
+from prefect_nanogpt.job import Said, Terms, save_whole
+from prefect_nanogpt.ledger import Job, Ledger
+from prefect_nanogpt.long_text import can_be_split, join, split
+from prefect_nanogpt.models import AudioFile
+from prefect_nanogpt.report import Report
+from prefect_nanogpt.storage import Destination
+from prefect_nanogpt.tasks.say import PlainSteps, say_in_one_task
+
+__all__ = ["say_in_parts"]
+
+PARTS_AT_ONCE: Final = 8
+REPORT_SECONDS: Final = 5.0
+
+
+async def say_in_parts(
+    job: Job, terms: Terms, limit: int, client: NanoGPTClient, max_cost: Decimal | None, report: Report
+) -> Said:
+    """Say a text that is too long for its model: each part a job, joined in order.
+
+    A part that fails fails the whole. Those under way are seen to their end, no further one is begun, and the ledger
+    has all of them for the next attempt. Their audio stays in the ledger's folder, so that a text of which one sentence
+    has changed costs one part, also where the provider no longer has the others.
+
+    Args:
+        job: The whole.
+        terms: How.
+        limit: The longest part, in characters.
+        client: The client.
+        max_cost: The most that all the parts may cost, in USD.
+        report: The report of the run.
+
+    Raises:
+        NanoGPTError: The first failure of a part; or the parts cannot be joined.
+    """
+    assert job.request is not None
+    can_be_split(job.request.response_format)
+    ledger = terms.ledger
+    texts = await asyncio.to_thread(split, job.request.text, limit, job.request.language)
+    await ledger.run(ledger.note_plan, job.id, limit)
+    parts = [Job(job.provider, job.request.model_copy(update={"text": text}), job.take, is_part=True) for text in texts]
+    unique = {part.id: part for part in parts}
+    entries = await ledger.run(ledger.entries)
+    known = {part: entries[part] for part in unique if part in entries}
+    run_logger().info("%d characters are split into %d parts of at most %d.", len(job.request.text), len(texts), limit)
+    places = asyncio.Semaphore(PARTS_AT_ONCE)
+    failures: list[NanoGPTError] = []
+    done: dict[str, AudioFile] = {}
+    told = 0.0
+
+    async def tell() -> None:
+        nonlocal told
+        told = time.monotonic()
+        report.paid = await ledger.run(_what_is_paid, ledger, unique.keys())
+
+    async def say_part(number: int, part: Job) -> None:
+        async with places:
+            if failures:
+                return
+            try:
+                said = await say_in_one_task(f"part-{number:04}", part, terms, steps, known.get(part.id))
+            except NanoGPTError as error:
+                error.message = f"Part {number} of {len(texts)}: {error.message}"
+                failures.append(error)
+                return
+        done[part.id] = said.audio
+        run_logger().info("Part %d of %d is here.", number, len(texts))
+        if time.monotonic() - told > REPORT_SECONDS:
+            await tell()
+            await report.waiting()
+
+    await tell()
+    await report.waiting()
+    budget = None
+    if max_cost is not None:
+        budget = Budget(max_cost, usd_in(await ledger.run(ledger.costs, *known.values())))
+        await budget.read_prices([job.request.model], client)
+        paid = {part for part, entry in known.items() if entry.is_paid}
+        budget.refuse_unless_affordable(
+            part.request for part in unique.values() if part.request and part.id not in paid
+        )
+    steps = PlainSteps(terms, client, budget, asyncio.Semaphore(PARTS_AT_ONCE))
+    numbers = {part.id: number for number, part in reversed(list(enumerate(parts, 1)))}
+    await asyncio.gather(*(say_part(numbers[part.id], part) for part in unique.values()))
+    await tell()
+    if failures:
+        raise failures[0]
+    audio = await _join([done[part.id] for part in parts], job, terms)
+    report.paid = None
+    return Said(audio)
+
+
+async def _join(parts: Sequence[AudioFile], job: Job, terms: Terms) -> AudioFile:
+    """Join the audio of all parts."""
+    containers = {part.container for part in parts}
+    if len(containers) > 1:
+        raise AudioError(f"The parts came as {', '.join(sorted(containers))}.", code="AUDIO_NOT_JOINABLE")
+    folder = terms.ledger.folder
+    with tempfile.TemporaryDirectory() as temporary:
+        files = [await folder.run(_local, folder, part, temporary) for part in parts]
+        whole = Path(temporary) / "whole"
+        await asyncio.to_thread(join, files, containers.pop(), whole)
+
+        async def chunks() -> AsyncIterator[bytes]:
+            with whole.open("rb") as file:
+                while chunk := await asyncio.to_thread(file.read, 1024**2):
+                    yield chunk
+
+        return await save_whole(job, terms, chunks(), parts)
+
+
+def _local(folder: Destination, part: AudioFile, temporary: str) -> Path:
+    if folder.is_local:
+        return Path(part.location)
+    path = Path(temporary, part.location.rpartition("/")[2])
+    folder.fs.get_file(folder.fs._strip_protocol(part.location), str(path))
+    return path
+
+
+def _what_is_paid(ledger: Ledger, parts: Collection[str]) -> str:
+    """Say how many parts are paid for, and what that was, as far as the ledger knows."""
+    entries = ledger.entries()
+    known = [entries[part] for part in parts if part in entries]
+    costs = ledger.costs(*known)
+    amounts = ", ".join(f"{cost.normalize():f} {currency or ''}".strip() for currency, cost in costs.items())
+    paid = sum(entry.is_paid for entry in known)
+    return f"{paid} of {len(parts)} parts are paid for{f' ({amounts})' if amounts else ''}."

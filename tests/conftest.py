@@ -28,7 +28,7 @@ from pydantic import SecretStr
 from prefect_nanogpt import NanoGPTCredentials
 from prefect_nanogpt.models import PollSchedule
 from prefect_nanogpt.sandbox import Sandbox
-from prefect_nanogpt.tasks import get_tts_status, save_audio, status, submit_tts
+from prefect_nanogpt.tasks import audio, get_tts_status, save_audio, status, submit, submit_tts
 
 # A shell that starts the tests in the background leaves Ctrl-C ignored, and a worker stops through it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -84,8 +84,8 @@ def no_retry_delays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefect's retries are real, the pauses between them are not: they add up to minutes."""
     for task in (get_tts_status, save_audio, submit_tts):
         monkeypatch.setattr(task, "retry_delay_seconds", [0.01])
-    delays = "prefect_nanogpt.tasks.status.RETRY_DELAYS_SECONDS"
-    monkeypatch.setattr(delays, [0.01] * len(status.RETRY_DELAYS_SECONDS))
+    for module in (status, audio, submit):  # what calls that are no tasks go by
+        monkeypatch.setattr(module, "RETRY_DELAYS_SECONDS", [0.01] * len(module.RETRY_DELAYS_SECONDS))
 
 
 def start(module: str, *arguments: str, sandbox: Sandbox, **environment: str) -> subprocess.Popen[bytes]:
@@ -103,6 +103,11 @@ def start(module: str, *arguments: str, sandbox: Sandbox, **environment: str) ->
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+
+
+def files_in(folder: str | Path) -> list[Path]:
+    """List the files in a folder, without the ledger."""
+    return sorted(path for path in Path(folder).iterdir() if path.is_file()) if Path(folder).exists() else []
 
 
 def free_port() -> int:

@@ -7,6 +7,7 @@ parent's to kill at.
 """
 
 import asyncio
+import inspect
 import os
 import signal
 import sys
@@ -16,12 +17,15 @@ from uuid import UUID
 from prefect.client.orchestration import get_client
 from prefect.flow_engine import run_flow_async
 
+from prefect_nanogpt import client as http
 from prefect_nanogpt.client import NanoGPTClient
 from prefect_nanogpt.flows import text_to_speech
+from prefect_nanogpt.ledger import Ledger
 from prefect_nanogpt.report import Report
+from prefect_nanogpt.storage import Destination
 
 
-def die(*_: Any) -> None:
+def die(*_: Any, **__: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -32,18 +36,32 @@ def die_before(owner: type, method: str) -> None:
 def die_after(owner: type, method: str) -> None:
     original = getattr(owner, method)
 
-    async def and_die(*args: Any, **kwargs: Any) -> None:
+    def and_die(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        die()
+
+    async def and_die_later(*args: Any, **kwargs: Any) -> None:
         await original(*args, **kwargs)
         die()
 
-    setattr(owner, method, and_die)
+    setattr(owner, method, and_die_later if inspect.iscoroutinefunction(original) else and_die)
+
+
+def lose_patience() -> None:
+    """Wait for the answer to a submission for a moment only."""
+    http.LAST_WORD_SECONDS = 0.5  # type: ignore[misc]
 
 
 POINTS = {
-    "before the POST is sent": lambda: die_before(NanoGPTClient, "submit"),
-    "after the answer is read": lambda: die_after(NanoGPTClient, "submit"),
-    "after the file is in place": lambda: die_before(Report, "finished"),
+    "before the claim": lambda: die_before(Ledger, "claim"),
+    "before the POST is sent": lambda: die_before(NanoGPTClient, "post"),
+    "after the answer is read": lambda: die_after(NanoGPTClient, "post"),
+    "after the answer is noted": lambda: die_after(Ledger, "note_answer"),
+    "after the file is in place": lambda: die_before(Ledger, "note_saved"),
+    "after it is noted as saved": lambda: die_before(Destination, "remove"),
+    "before the artifact": lambda: die_before(Report, "finished"),
     "after the artifact": lambda: die_after(Report, "finished"),
+    "when it has waited long enough": lose_patience,
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import threading
 from collections.abc import Iterable, Iterator
@@ -11,12 +12,15 @@ from typing import Any
 import boto3
 import pytest
 import requests
+from moto.s3.models import s3_backends
 from moto.server import DomainDispatcherApplication, create_backend_app
 from s3fs import S3FileSystem
 from werkzeug.exceptions import ClientDisconnected
 from werkzeug.serving import make_server
+from werkzeug.wrappers import Response
 
 READ = ["s3:ListBucket", "s3:GetObject"]
+ERRORS = {409: "ConditionalRequestConflict", 500: "InternalError", 501: "NotImplemented", 503: "ServiceUnavailable"}
 WRITE = ["s3:PutObject", "s3:AbortMultipartUpload", "s3:ListBucketMultipartUploads", "s3:ListMultipartUploadParts"]
 NOBODY = {
     "AWS_CONFIG_FILE": os.devnull,
@@ -35,13 +39,27 @@ class S3Server:
 
     Attributes:
         env: What AWS's own tools expect in the environment to find the server and the user's key.
+        requests: Method and path with query of each request, as they came.
         uploads: The query string of each PUT and POST for an object, as they came.
-        break_uploads: Close the connection of each upload in the middle of its body.
+        break_uploads: Close the connection of each upload in the middle of its body, but for the notes of the ledger.
+        fail_reads: Answer each GET of the bucket or of an object in it with HTTP 500.
+        creations: Each write of an object that must not be there (`If-None-Match: *`): its name and the HTTP status.
+        faults: What becomes of such writes: a part of the name, and an HTTP status to answer without a look at it;
+            or `lost` to close the connection when the object is written; or `blind` to fail all reads then, too.
+        ignore_conditions: Write the object although it is there, as stores do that do not know the condition.
+        name_conditions: Say which condition failed, as AWS does and other stores do not.
     """
 
     def __init__(self) -> None:
+        self.requests: list[str] = []
         self.uploads: list[str] = []
         self.break_uploads = False
+        self.fail_reads = False
+        self.creations: list[tuple[str, int]] = []
+        self.faults: list[tuple[str, int | str]] = []
+        self.ignore_conditions = False
+        self.name_conditions = True
+        self._one_creation = threading.Lock()
         self._moto = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -100,16 +118,55 @@ class S3Server:
         requests.post(f"{self.url}/moto-api/reset-auth", data=str(requests_unchecked)).raise_for_status()
 
     def _answer(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        query = f"?{environ['QUERY_STRING']}" if environ["QUERY_STRING"] else ""
+        self.requests.append(f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}{query}")
         if environ["REQUEST_METHOD"] in ("PUT", "POST") and environ["PATH_INFO"].startswith("/speech/"):
             self.uploads.append(environ["QUERY_STRING"])
             size = int(environ.get("CONTENT_LENGTH") or 0)
-            if self.break_uploads and size:
+            if self.break_uploads and size and "/.nanogpt/" not in environ["PATH_INFO"]:
                 environ["wsgi.input"].read(size // 2)
                 environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
                 with suppress(ClientDisconnected):
                     environ["wsgi.input"].read()  # or else it would be taken for the next request
                 raise ConnectionAbortedError("the upload was broken off")
+        if "HTTP_IF_NONE_MATCH" in environ:
+            return self._create(environ)(environ, start_response)
+        if self.fail_reads and environ["REQUEST_METHOD"] == "GET" and environ["PATH_INFO"].startswith("/speech"):
+            return _error(500)(environ, start_response)
         return self._moto(environ, start_response)  # type: ignore[no-any-return]
+
+    def _create(self, environ: dict[str, Any]) -> Response:
+        """Write an object that must not be there. S3 does it as one operation, moto alone looks and then writes."""
+        name = environ["PATH_INFO"].removeprefix("/speech/")
+        fault = next((fault for fault in self.faults if fault[0] in name), ("", None))
+        if fault in self.faults:
+            self.faults.remove(fault)
+        if isinstance(fault[1], int):
+            environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
+            response = _error(fault[1])
+        else:
+            with self._one_creation:
+                if self.ignore_conditions:
+                    self._forget(name)
+                response = Response.from_app(self._moto, environ, buffered=True)
+        self.creations.append((name, response.status_code))
+        if fault[1] in ("lost", "blind"):
+            self.fail_reads = fault[1] == "blind"
+            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+            raise ConnectionAbortedError("the answer was lost")
+        if not self.name_conditions:
+            response.data = re.sub(rb"<Condition>.*?</Condition>", b"", response.data)
+        return response
+
+    def _forget(self, name: str) -> None:
+        for account in s3_backends.values():
+            if name in (objects := account["aws"].buckets["speech"].keys):
+                objects.pop(name)
+
+
+def _error(status: int) -> Response:
+    code = ERRORS[status]
+    return Response(f"<Error><Code>{code}</Code><Message>{code}</Message></Error>", status, mimetype="application/xml")
 
 
 @pytest.fixture
@@ -120,6 +177,8 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     for name, value in NOBODY.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(S3FileSystem, "retries", 1)
+    # The collector of an earlier test may have made one for this bucket, before there was a key.
+    S3FileSystem.clear_instance_cache()
     with S3Server() as server:
         yield server
     S3FileSystem.clear_instance_cache()

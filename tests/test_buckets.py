@@ -1,6 +1,7 @@
 """Audio in a bucket: a real S3 API over HTTP, with keys from where people keep them."""
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator
 from itertools import repeat
 from pathlib import Path
@@ -15,7 +16,7 @@ from prefect_nanogpt.errors import StorageError
 from prefect_nanogpt.flows import text_to_speech, wait_for_tts
 from prefect_nanogpt.models import PollSchedule
 from prefect_nanogpt.sandbox import Answer, Sandbox
-from prefect_nanogpt.storage import Destination, is_intact
+from prefect_nanogpt.storage import Destination
 from prefect_nanogpt.tasks import save_audio
 from tests.s3_server import S3Server, s3, s3_env
 
@@ -23,6 +24,11 @@ __all__ = ["s3", "s3_env"]
 
 BUCKET = "s3://speech/episodes"
 WAV_HEADER = b"RIFF\xff\xff\xff\x7fWAVEfmt \x10\0\0\0\1\0\1\0\x80\xbb\0\0\0\x77\1\0\2\0\x10\0data"
+
+
+def audio_in(s3: S3Server) -> dict[str, bytes]:
+    """Read every object of the bucket that is not the ledger's."""
+    return {name: content for name, content in s3.objects().items() if "/.nanogpt/" not in name}
 
 
 @pytest.fixture
@@ -36,7 +42,7 @@ async def test_audio_goes_to_the_bucket_and_is_found_there(
     ticket = sandbox.add_job("Once, into a bucket.")
     name = f"episodes/{ticket['runId']}.mp3"
     audio = await wait_for_tts(ticket, **to_bucket)
-    assert s3_env.objects() == {name: sandbox.audio_bytes(ticket["runId"])}
+    assert audio_in(s3_env) == {name: sandbox.audio_bytes(ticket["runId"])}
     assert s3_env.content_type(name) == audio.content_type == "audio/mpeg"
     assert audio.location == f"s3://speech/{name}"
     again = await wait_for_tts(ticket, **to_bucket)
@@ -54,25 +60,35 @@ async def test_wav_in_a_bucket_is_announced_as_wav(
 async def test_an_equal_request_is_found_in_the_bucket_and_not_paid_again(
     sandbox: Sandbox, s3_env: S3Server, to_bucket: dict[str, Any]
 ) -> None:
-    first = await text_to_speech("The jingle of every episode.", reuse=True, **to_bucket)
-    second = await text_to_speech("The jingle of every episode.", reuse=True, **to_bucket)
+    first = await text_to_speech("The jingle of every episode.", **to_bucket)
+    second = await text_to_speech("The jingle of every episode.", **to_bucket)
     assert second.location == first.location
     assert len(sandbox.ledger.charges) == 1
-    s3_env.client("s3").put_object(Bucket="speech", Key=first.location.removeprefix("s3://speech/"), Body=b"ID3 no")
-    await text_to_speech("The jingle of every episode.", reuse=True, **to_bucket)
-    assert len(sandbox.ledger.charges) == 2
+    assert len(sandbox.requests("audio")) == 1
+
+    name = first.location.removeprefix("s3://speech/")
+    s3_env.client("s3").put_object(Bucket="speech", Key=name, Body=b"ID3 no")
+    third = await text_to_speech("The jingle of every episode.", **to_bucket)
+    assert third.location == first.location
+    assert hashlib.sha256(s3_env.objects()[name]).hexdigest() == first.sha256
+    assert (len(sandbox.ledger.charges), len(sandbox.requests("audio"))) == (1, 2)
 
 
 async def test_audio_is_not_taken_for_gone_while_the_bucket_is_out_of_reach(
     sandbox: Sandbox, s3_env: S3Server, to_bucket: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    audio = await wait_for_tts(sandbox.add_job(), **to_bucket)
-    assert await is_intact(audio)
+    audio = await text_to_speech("Here, but out of reach.", **to_bucket)
+    name = audio.location.rpartition("/")[2]
+    assert await Destination(BUCKET).run(Destination(BUCKET).has, name, audio.size_bytes, audio.sha256)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     fsspec.filesystem("s3").clear_instance_cache()
     with pytest.raises(StorageError) as caught:
-        await is_intact(audio)
+        await Destination(BUCKET).run(Destination(BUCKET).has, name, audio.size_bytes, audio.sha256)
     assert caught.value.retryable
+    before = len(sandbox.requests())
+    with pytest.raises(StorageError):
+        await text_to_speech("Here, but out of reach.", **to_bucket)
+    assert len(sandbox.requests()) == before
 
 
 async def test_an_upload_broken_off_leaves_no_object_and_its_ticket_stays_good(
@@ -82,12 +98,12 @@ async def test_an_upload_broken_off_leaves_no_object_and_its_ticket_stays_good(
     with pytest.raises(StorageError, match=f"{BUCKET} cannot be used") as caught:
         await text_to_speech("Broken off.", **to_bucket)
     assert s3_env.uploads
-    assert s3_env.objects() == {}
+    assert audio_in(s3_env) == {}
     ticket = caught.value.ticket
     assert ticket is not None
     s3_env.break_uploads = False
     audio = await wait_for_tts(ticket, **to_bucket)
-    assert list(s3_env.objects().values()) == [sandbox.audio_bytes(ticket.run_id)]
+    assert list(audio_in(s3_env).values()) == [sandbox.audio_bytes(ticket.run_id)]
     assert (audio.cost, len(sandbox.ledger.charges)) == (ticket.cost, 1)
 
 
@@ -102,10 +118,10 @@ async def test_long_audio_goes_up_in_parts_and_shows_only_when_they_are_together
     with pytest.raises(StorageError):
         await wait_for_tts(ticket, **to_bucket)
     assert any("partNumber" in query for query in s3_env.uploads)
-    assert (s3_env.objects(), s3_env.unfinished_uploads()) == ({}, [])
+    assert (audio_in(s3_env), s3_env.unfinished_uploads()) == ({}, [])
     s3_env.break_uploads = False
     audio = await wait_for_tts(ticket, **to_bucket)
-    assert s3_env.objects() == {f"episodes/{ticket['runId']}.wav": novel}
+    assert audio_in(s3_env) == {f"episodes/{ticket['runId']}.wav": novel}
     assert s3_env.content_type(f"episodes/{ticket['runId']}.wav") == "audio/wav"
     assert (audio.container, audio.size_bytes) == ("wav", len(novel))
 
@@ -138,19 +154,26 @@ async def test_a_bucket_that_cannot_be_used_is_named_before_anything_is_paid(
     assert sandbox.ledger.charges == []
 
 
-async def test_a_bucket_that_may_only_be_read_fails_once_and_the_ticket_goes_elsewhere(
-    sandbox: Sandbox, s3_env: S3Server, to_bucket: dict[str, Any], save_to: str
+async def test_a_bucket_that_may_only_be_read_is_named_before_anything_is_paid(
+    sandbox: Sandbox, s3_env: S3Server, to_bucket: dict[str, Any]
 ) -> None:
     s3_env.forbid_writing()
     with pytest.raises(StorageError, match="Access Denied") as caught:
         await text_to_speech("Read only.", **to_bucket)
     assert BUCKET in str(caught.value)
-    assert len(sandbox.requests("audio")) == 1
-    ticket = caught.value.ticket
-    assert ticket is not None
+    assert not caught.value.retryable
+    assert sandbox.ledger.charges == []
+
+
+async def test_a_ticket_that_a_bucket_cannot_take_goes_elsewhere(
+    sandbox: Sandbox, s3_env: S3Server, to_bucket: dict[str, Any], save_to: str
+) -> None:
+    ticket = sandbox.add_job("Read only.")
+    s3_env.forbid_writing()
+    with pytest.raises(StorageError, match="Access Denied"):
+        await wait_for_tts(ticket, **to_bucket)
     audio = await wait_for_tts(ticket, **{**to_bucket, "save_to": save_to})
-    assert Path(audio.location).read_bytes() == sandbox.audio_bytes(ticket.run_id)
-    assert len(sandbox.ledger.charges) == 1
+    assert Path(audio.location).read_bytes() == sandbox.audio_bytes(ticket["runId"])
 
 
 # Prefect's own block
@@ -176,10 +199,11 @@ async def test_a_saved_block_has_the_bucket_and_the_key(
     into_block = {**to_bucket, "save_to": block}
     audio = await wait_for_tts(ticket, **into_block)
     assert audio.location == f"{BUCKET}/{ticket['runId']}.mp3"
-    assert list(s3.objects().values()) == [sandbox.audio_bytes(ticket["runId"])]
+    assert list(audio_in(s3).values()) == [sandbox.audio_bytes(ticket["runId"])]
     assert (await wait_for_tts(ticket, **into_block)).sha256 == audio.sha256
     assert len(sandbox.requests("audio")) == 1
-    assert await is_intact(audio, block)
+    name = audio.location.rpartition("/")[2]
+    assert await Destination(block).run(Destination(block).has, name, audio.size_bytes, audio.sha256)
 
 
 async def test_many_at_once_save_through_the_same_block(s3: S3Server, block: str) -> None:

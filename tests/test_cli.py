@@ -1,6 +1,9 @@
 """The command line, as a person uses it: in a process of its own."""
 
+import itertools
 import os
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +11,7 @@ from pathlib import Path
 import pytest
 from prefect.settings import PREFECT_API_URL
 
-from prefect_nanogpt.sandbox import Sandbox
+from prefect_nanogpt.sandbox import Accept, Answer, Cut, Hang, Sandbox
 from tests.conftest import API_KEY
 
 
@@ -28,6 +31,10 @@ def run(
     )
 
 
+def files_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.is_file()}
+
+
 @pytest.fixture
 def key(sandbox: Sandbox) -> dict[str, str]:
     return {"NANOGPT_API_KEY": API_KEY, "NANOGPT_BASE_URL": sandbox.base_url}
@@ -45,7 +52,14 @@ def test_say_without_a_key_speaks_through_the_sandbox_and_says_so(tmp_path: Path
 
 
 def test_say_without_a_server_leaves_no_noise_behind(tmp_path: Path) -> None:
-    done = run("say", "Hello again.", cwd=tmp_path, server=False, PREFECT_HOME=str(tmp_path / "prefect"))
+    (tmp_path / "temporary").mkdir()
+    done = run(
+        *("say", "Hello again."),
+        cwd=tmp_path,
+        server=False,
+        PREFECT_HOME=str(tmp_path / "prefect"),
+        TMPDIR=str(tmp_path / "temporary"),
+    )
     assert done.returncode == 0
     assert len(done.stdout.splitlines()) == 1
     assert [line for line in done.stderr.splitlines() if not line[0].isalpha() or "Error" in line] == []
@@ -73,6 +87,9 @@ def test_a_failed_job_exits_with_1_and_its_code(tmp_path: Path, sandbox: Sandbox
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines()[-1].startswith("CONTENT_POLICY_VIOLATION: ")
     assert "Traceback" not in done.stderr
+    assert API_KEY not in done.stderr
+    assert "with the key from the environment variable NANOGPT_API_KEY" in done.stderr
+    assert f"Asking {sandbox.base_url}," in done.stderr
 
 
 def test_say_reads_standard_input_and_files(tmp_path: Path, sandbox: Sandbox, key: dict[str, str]) -> None:
@@ -89,14 +106,228 @@ def test_batch_says_every_line_and_prints_where_the_manifest_is(
     done = run("batch", "lines.csv", "--save-to", "here", cwd=tmp_path, **key)
     assert (done.returncode, done.stdout) == (0, f"{tmp_path}/here/manifest.jsonl\n")
     assert "2 of 2 lines" in done.stderr
-    assert {path.name for path in (tmp_path / "here").iterdir()} == {"hello.mp3", "bye.mp3", "manifest.jsonl"}
+    assert files_in(tmp_path / "here") == {"hello.mp3", "bye.mp3", "manifest.jsonl"}
 
     with (tmp_path / "lines.csv").open("a") as file:
         file.write("bad,[sandbox:reject] No.\n")
     done = run("batch", "lines.csv", "--save-to", "here", cwd=tmp_path, **key)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.splitlines()[-1].startswith("TTS_BATCH_PARTIAL: 1 of 3 lines have no audio")
+    said, *how = done.stderr.splitlines()[-3:]
+    assert said.startswith("TTS_BATCH_PARTIAL: 1 of 3 lines have no audio")
+    assert how == ["To do what is missing:", "prefect-nanogpt batch lines.csv --save-to here"]
     assert len(sandbox.requests("submit")) == 3
+
+
+def test_say_takes_a_name_a_format_and_options_of_the_model(
+    tmp_path: Path, sandbox: Sandbox, key: dict[str, str]
+) -> None:
+    done = run(
+        *("say", "Hello.", "--model", "gpt-4o-mini-tts", "--name", "greeting", "--response-format", "wav"),
+        *("--option", "instructions=Cheerfully.", "--option", "seed=7"),
+        cwd=tmp_path,
+        **key,
+    )
+    assert done.stdout == f"{tmp_path}/audio/greeting.wav\n"
+    [request] = sandbox.requests("submit")
+    assert request.json == {
+        "text": "Hello.",
+        "model": "gpt-4o-mini-tts",
+        "response_format": "wav",
+        "instructions": "Cheerfully.",
+        "seed": 7,
+    }
+
+
+def test_the_same_command_pays_once_and_another_take_is_another_job(
+    tmp_path: Path, sandbox: Sandbox, key: dict[str, str]
+) -> None:
+    first, again, other = (
+        run("say", "Hello.", *more, cwd=tmp_path, **key).stdout for more in ([], [], ["--take", "2"])
+    )
+    assert first == again != other
+    assert [Path(said.strip()).exists() for said in (first, other)] == [True, True]
+    assert len(sandbox.ledger.charges) == 2
+
+
+def test_an_uncertain_submission_is_submitted_anew_only_by_the_command_that_is_printed(
+    tmp_path: Path, sandbox: Sandbox, key: dict[str, str]
+) -> None:
+    sandbox.on_submit([Accept(then=Cut())])
+    failed = run("say", "It's paid, or is it?", cwd=tmp_path, **key)
+    again = run("say", "It's paid, or is it?", cwd=tmp_path, **key)
+    for done in (failed, again):
+        said, *how = done.stderr.splitlines()[-3:]
+        assert (done.returncode, done.stdout) == (1, "")
+        assert said.startswith("SUBMISSION_UNCERTAIN: ")
+        assert how[0] == "To submit it anew, and perhaps pay twice:"
+        assert shlex.split(how[1]) == [
+            *("prefect-nanogpt", "say", "It's paid, or is it?"),
+            *("--save-to", str(tmp_path / "audio"), "--resubmit", "uncertain"),
+        ]
+    assert len(sandbox.requests("submit")) == 1
+
+    done = run(*shlex.split(how[1])[1:], cwd=tmp_path, **key)
+    assert done.returncode == 0
+    assert len(sandbox.requests("submit")) == 2
+
+
+def test_an_uncertain_line_of_a_batch_is_told_with_its_command(
+    tmp_path: Path, sandbox: Sandbox, key: dict[str, str]
+) -> None:
+    (tmp_path / "lines.csv").write_text("id,text\nhello,Hello.\n")
+    sandbox.on_submit([Accept(then=Cut())])
+    done = run("batch", "lines.csv", cwd=tmp_path, **key)
+    assert done.returncode == 1
+    command = f"prefect-nanogpt batch lines.csv --save-to {tmp_path}/audio"
+    assert done.stderr.splitlines()[-4:] == [
+        "To do what is missing:",
+        command,
+        "To submit the uncertain lines too, and perhaps pay twice:",
+        f"{command} --resubmit uncertain",
+    ]
+    assert run(*shlex.split(command)[1:], "--resubmit", "uncertain", cwd=tmp_path, **key).returncode == 0
+    assert files_in(tmp_path / "audio") == {"hello.mp3", "manifest.jsonl"}
+
+
+def test_a_run_that_times_out_prints_the_command_that_waits_on(
+    tmp_path: Path, sandbox: Sandbox, key: dict[str, str]
+) -> None:
+    sandbox.on_status(None, [{"status": "processing"}] * 2)
+    done = run("say", "Not yet.", "--timeout-seconds", "0.1", cwd=tmp_path, **key)
+    command = f"prefect-nanogpt say 'Not yet.' --timeout-seconds 0.1 --save-to {tmp_path}/audio"
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-2:] == ["It is paid for. To go on with it, at no cost:", command]
+
+    run_id = sandbox.ledger.charges[0].run_id
+    sandbox.on_status(run_id, [sandbox.completed_body(run_id)])
+    done = run(*shlex.split(command)[1:], cwd=tmp_path, **key)
+    assert done.stdout == f"{tmp_path}/audio/{run_id}.mp3\n"
+    assert len(sandbox.ledger.charges) == 1
+
+
+def test_a_job_that_the_provider_no_longer_knows_is_submitted_anew_only_by_the_command_that_is_printed(
+    tmp_path: Path, sandbox: Sandbox, key: dict[str, str]
+) -> None:
+    sandbox.on_status(None, [Answer(404)] * 4)
+    done = run("say", "Forgotten.", cwd=tmp_path, **key)
+    command = f"prefect-nanogpt say Forgotten. --save-to {tmp_path}/audio --resubmit lost"
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-2:] == ["To submit the text anew, and pay for it again:", command]
+
+    sandbox.on_status(None, [Answer(404)] * 4)
+    assert run(*shlex.split(command)[1:], cwd=tmp_path, **key).returncode == 0
+    assert len(sandbox.ledger.charges) == 2
+
+
+def test_what_is_no_audio_is_paid_for_anew_only_by_the_command_that_is_printed(
+    tmp_path: Path, sandbox: Sandbox, key: dict[str, str]
+) -> None:
+    sandbox.on_submit([Answer(body=b"not audio", headers={"content-type": "audio/mpeg"})])
+    done = run("say", "Hello.", "--model", "tts-1", cwd=tmp_path, **key)
+    command = f"prefect-nanogpt say Hello. --model tts-1 --save-to {tmp_path}/audio --resubmit lost"
+    assert "AUDIO_INVALID: " in done.stderr
+    assert done.stderr.splitlines()[-2:] == ["To submit the text anew, and pay for it again:", command]
+
+    assert run(*shlex.split(command)[1:], cwd=tmp_path, **key).returncode == 0
+    assert len(sandbox.requests("submit")) == 2
+
+
+def test_a_job_that_failed_for_another_reason_prints_the_command_that_submits_it_anew(
+    tmp_path: Path, sandbox: Sandbox, key: dict[str, str]
+) -> None:
+    done = run("say", "[sandbox:fail] Hm.", cwd=tmp_path, **key)
+    assert done.stderr.splitlines()[-2:] == [
+        "To submit the text anew, and pay for it again:",
+        f"prefect-nanogpt say '[sandbox:fail] Hm.' --save-to {tmp_path}/audio",
+    ]
+
+
+class Interrupted:
+    """A command that somebody stops with Ctrl-C."""
+
+    def __init__(self, *arguments: str, cwd: Path, **env: str) -> None:
+        self._process = subprocess.Popen(
+            [str(Path(sys.executable).parent / "prefect-nanogpt"), *arguments],
+            cwd=cwd,
+            env={**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value(), **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.lines: list[str] = []
+
+    def press(self) -> None:
+        self._process.send_signal(signal.SIGINT)
+
+    def read_until(self, words: str) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self.lines.append(line.rstrip("\n"))
+            if words in line:
+                return
+        raise AssertionError(self.lines)
+
+    def end(self) -> tuple[int, str]:
+        printed, rest = self._process.communicate(timeout=60)
+        self.lines += rest.splitlines()
+        return self._process.returncode, printed
+
+
+@pytest.mark.parametrize("command", ["say", "batch"])
+def test_ctrl_c_while_a_submission_is_in_the_air_waits_for_its_ticket_and_says_how_to_go_on(
+    command: str, tmp_path: Path, sandbox: Sandbox, key: dict[str, str]
+) -> None:
+    (tmp_path / "lines.csv").write_text("id,text\nhello,Hello.\n")
+    arguments = [command, "lines.csv" if command == "batch" else "Hello.", "--save-to", "here"]
+    sandbox.on_submit([Accept(delay=5)])
+    interrupted = Interrupted(*arguments, cwd=tmp_path, **key)
+    sandbox.wait_for_request("submit")
+    interrupted.press()
+    interrupted.read_until("A submission has left and is being charged for. Waiting for its ticket")
+
+    assert interrupted.end() == (130, "")
+    if command == "say":  # the tickets of a batch are in the ledger alone
+        assert any(line.startswith("Accepted and charged. Ticket: ") for line in interrupted.lines)
+    assert interrupted.lines[-2:] == [
+        "Stopped. What was submitted is paid for and goes on. To go on with it:",
+        shlex.join(["prefect-nanogpt", *arguments]),
+    ]
+    assert "Traceback" not in "".join(interrupted.lines)
+    assert run(*shlex.split(interrupted.lines[-1])[1:], cwd=tmp_path, **key).returncode == 0
+    assert len(sandbox.ledger.charges) == 1
+
+
+def test_a_second_ctrl_c_waits_for_nothing_and_the_submission_is_uncertain(
+    tmp_path: Path, sandbox: Sandbox, key: dict[str, str]
+) -> None:
+    sandbox.on_submit([Accept(then=Hang(600))])
+    interrupted = Interrupted("say", "Hello.", cwd=tmp_path, **key)
+    sandbox.wait_for_request("submit")
+    interrupted.press()
+    interrupted.read_until("Waiting for its ticket")
+    interrupted.press()
+
+    code, _ = interrupted.end()
+    assert code == 130
+    done = run("say", "Hello.", cwd=tmp_path, **key)
+    assert "SUBMISSION_UNCERTAIN" in done.stderr
+    assert len(sandbox.requests("submit")) == 1
+
+
+def test_ctrl_c_while_a_job_is_waited_for_says_how_to_go_on(
+    tmp_path: Path, sandbox: Sandbox, key: dict[str, str]
+) -> None:
+    sandbox.on_status(None, itertools.repeat({"status": "pending"}))
+    interrupted = Interrupted("say", "Hello.", cwd=tmp_path, **key)
+    sandbox.wait_for_request("status")
+    interrupted.press()
+
+    assert interrupted.end() == (130, "")
+    assert interrupted.lines[-1] == f"prefect-nanogpt say Hello. --save-to {tmp_path}/audio"
+    run_id = sandbox.ledger.charges[0].run_id
+    sandbox.on_status(run_id, itertools.repeat(sandbox.completed_body(run_id)))
+    assert run(*shlex.split(interrupted.lines[-1])[1:], cwd=tmp_path, **key).returncode == 0
+    assert len(sandbox.ledger.charges) == 1
 
 
 def test_no_key_at_all_is_said_before_any_request(tmp_path: Path, sandbox: Sandbox) -> None:
@@ -122,6 +353,11 @@ def test_no_key_at_all_is_said_before_any_request(tmp_path: Path, sandbox: Sandb
         (["wait", "../98b0d593", "--model", "m"], "run-id"),
         (["wait", "98b0d593", "--model", "m", "--cost", "a lot"], "cost"),
         (["sing"], "sing"),
+        (["say", "Hello", "--option", "emotion"], "--option emotion is not key=value"),
+        (["say", "Hello", "--option", "stability=2"], "stability"),
+        (["say", "Hello", "--take", "0"], "take"),
+        (["say", "Hello", "--resubmit", "everything"], "resubmit"),
+        (["say", "Hello", "--response-format", "pcm"], "response-format"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -1,5 +1,6 @@
 """The client against the sandbox: every answer that is documented or was seen, and every way to get none."""
 
+import asyncio
 import re
 import socket
 from collections.abc import AsyncIterator
@@ -11,16 +12,17 @@ from typing import Any
 import httpx
 import pytest
 
-from prefect_nanogpt.client import NanoGPTClient
+from prefect_nanogpt.client import NanoGPTClient, in_own_thread
 from prefect_nanogpt.errors import (
     AudioError,
     ContentPolicyViolation,
     CredentialsError,
     NanoGPTError,
+    NothingSent,
     ProviderError,
     SubmissionUncertain,
 )
-from prefect_nanogpt.models import AudioContent, Completed, SpeechModel, Ticket, TTSRequest
+from prefect_nanogpt.models import AudioContent, Completed, SpeechModel, Submission, Ticket, TTSRequest
 from prefect_nanogpt.sandbox import Accept, Answer, Cut, Hang, Redirect, Sandbox
 from tests.conftest import API_KEY
 
@@ -177,13 +179,16 @@ async def test_a_text_that_is_refused_at_once_is_a_content_policy_violation(
     assert sandbox.ledger.charges == []
 
 
-async def test_an_error_in_an_answer_of_200_is_a_refusal(client: NanoGPTClient, sandbox: Sandbox) -> None:
-    sandbox.on_submit([{"status": "error", "error": "The voice is gone", "code": "voice_gone"}])
+async def test_a_refused_key_is_said_to_be_from_where_and_sent_to_which_api_and_not_shown(sandbox: Sandbox) -> None:
+    sandbox.on_submit([Answer(401, {"error": "Invalid API key", "code": "invalid_api_key"})])
 
-    error = await error_of_submission(client)
+    async with NanoGPTClient(API_KEY, sandbox.base_url, key_source="a drawer") as client:
+        error = await error_of_submission(client)
 
-    assert type(error) is ProviderError
-    assert str(error) == "VOICE_GONE: The voice is gone. (HTTP 200)"
+    assert str(error) == (
+        f"INVALID_API_KEY: Invalid API key. (HTTP 401) The key is from a drawer, and was sent to {sandbox.base_url}."
+    )
+    assert API_KEY not in str(vars(error))
 
 
 async def test_where_no_connection_is_made_nothing_was_submitted() -> None:
@@ -192,7 +197,7 @@ async def test_where_no_connection_is_made_nothing_was_submitted() -> None:
         async with NanoGPTClient(API_KEY, f"http://127.0.0.1:{reserved.getsockname()[1]}/api") as client:
             error = await error_of_submission(client)
 
-    assert type(error) is ProviderError
+    assert type(error) is NothingSent
     assert (error.code, error.retryable) == ("PROVIDER_UNREACHABLE", True)
 
 
@@ -213,6 +218,8 @@ async def test_where_no_connection_is_made_nothing_was_submitted() -> None:
         Answer(503, {"error": {"message": "Unavailable", "type": "service_unavailable"}}),
         Accept(then=WEB_PAGE),
         Answer(200, {"status": "pending"}),
+        Answer(200, {"status": "error", "error": "The voice is gone", "code": "voice_gone"}),
+        Answer(202, {"status": "pending", "id": "98b0", "message": "Accepted", "type": "tts"}),
         Answer(200, ["98b0"]),
         Answer(200, body="98b0"),
         Answer(200, body="{", headers={"content-type": "application/json"}),
@@ -233,6 +240,37 @@ async def test_what_may_have_been_accepted_is_uncertain_and_not_tried_again(
     assert type(error) is SubmissionUncertain
     assert (error.code, error.retryable) == ("SUBMISSION_UNCERTAIN", False)
     assert len(sandbox.requests()) == 1
+
+
+async def test_an_uncertain_submission_says_what_the_provider_answered(client: NanoGPTClient, sandbox: Sandbox) -> None:
+    sandbox.on_submit([{"status": "error", "error": "The voice is gone", "code": "voice_gone"}])
+
+    error = await error_of_submission(client)
+
+    assert "HTTP 200" in str(error)
+    assert str(error).endswith("It says: The voice is gone")
+
+
+async def test_a_submission_is_seen_to_its_answer_though_nobody_waits_for_it_any_more(
+    client: NanoGPTClient, sandbox: Sandbox
+) -> None:
+    sandbox.on_submit([Accept(delay=0.5)])
+    answered: list[Submission] = []
+
+    def send() -> Submission:
+        answered.append(client.post(client.build(REQUEST), REQUEST.model))
+        return answered[0]
+
+    submitting = asyncio.create_task(in_own_thread(send))
+    await asyncio.to_thread(sandbox.wait_for_request, "submit", 1, 30)
+    submitting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await submitting
+
+    [charge] = sandbox.ledger.charges
+    [ticket] = answered
+    assert isinstance(ticket, Ticket)
+    assert ticket.run_id == charge.run_id
 
 
 # Status

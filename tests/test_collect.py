@@ -1,82 +1,99 @@
-"""Tickets whose runs ended too early are settled once."""
+"""Jobs that are paid for and that no run has seen to their end are settled once, whatever has become of the run."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+from uuid import UUID
 
 import pytest
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
-from prefect.states import Cancelled, Crashed, Running
+from prefect.states import AwaitingRetry, Cancelled, Cancelling, Crashed, Pending, Running
 
 from prefect_nanogpt import NanoGPTCredentials
 from prefect_nanogpt.errors import NanoGPTError
-from prefect_nanogpt.flows import collect_open_tickets, text_to_speech, wait_for_tts
-from prefect_nanogpt.models import PollSchedule
-from prefect_nanogpt.report import OPEN_UNTIL
-from prefect_nanogpt.sandbox import Answer, Sandbox
+from prefect_nanogpt.flows import collect_open_tickets, text_to_speech, text_to_speech_batch, wait_for_tts
+from prefect_nanogpt.flows.collect import CollectedTicket
+from prefect_nanogpt.ledger import FOLDER
+from prefect_nanogpt.models import PollSchedule, Ticket, TTSRequest
+from prefect_nanogpt.sandbox import Accept, Answer, Cut, Sandbox
+from prefect_nanogpt.tasks import submit_tts
+from prefect_nanogpt.tasks.ledgers import LABEL
+from tests.conftest import files_in
 
 PENDING = {"status": "pending"}
+STATES = {
+    "crashed": Crashed(),
+    "cancelled": Cancelled(),
+    "running": Running(),
+    "awaiting": AwaitingRetry(),
+    "scheduled": Pending(),
+    "cancelling": Cancelling(),
+}
+
+
+@pytest.fixture
+def given_up(credentials: NanoGPTCredentials, save_to: str, quick: PollSchedule) -> dict[str, Any]:
+    """What a run is started with that does not wait for its job."""
+    return {"credentials": credentials, "save_to": save_to, "poll": quick, "timeout_seconds": 0.01}
 
 
 async def test_every_open_ticket_is_settled_once_and_the_rest_is_left_alone(
-    sandbox: Sandbox, credentials: NanoGPTCredentials, save_to: str, quick: PollSchedule
+    sandbox: Sandbox, credentials: NanoGPTCredentials, given_up: dict[str, Any]
 ) -> None:
-    jobs = {
-        name: sandbox.add_job(text=text)
-        for name, text in {
-            "timed out": "Done meanwhile.",
-            "crashed": "Done meanwhile, too.",
-            "cancelled": "And this one.",
-            "lost": "Its process was killed.",
-            "no audio": "Its audio could not be fetched.",
-            "refused": "[sandbox:reject] Refused meanwhile.",
-            "slow": "[sandbox:stuck] Still under way.",
-            "finished": "Finished.",
-            "rejected": "[sandbox:reject] Rejected.",
-        }.items()
+    texts = {
+        "timed out": "Done meanwhile.",
+        "no audio": "Its audio could not be fetched.",
+        "refused": "[sandbox:reject] Refused meanwhile.",
+        "failed": "[sandbox:fail] Failed meanwhile.",
+        "forgotten": "The provider does not know it any more.",
+        "slow": "[sandbox:stuck] Still under way.",
+        "finished": "Finished.",
+        "rejected": "[sandbox:reject] Rejected.",
+        **{name: f"Its run is {name}." for name in STATES},
     }
+    jobs = {name: sandbox.add_job(text=text) for name, text in texts.items()}
     for name, ticket in jobs.items():
         if name == "no audio":
             sandbox.on_audio(ticket["runId"], [Answer(404)] * 4)
         elif name not in {"finished", "rejected"}:
             sandbox.on_status(ticket["runId"], [PENDING])
-        state = await wait_for_tts.with_options(flow_run_name=f"collect: {name}")(
-            ticket, save_to, credentials, timeout_seconds=0.01, poll=quick, return_state=True
-        )
+        run = wait_for_tts.with_options(flow_run_name=f"collect: {name}")
+        state = await run(ticket, **given_up, return_state=True)
         assert state.is_completed() == (name == "finished")
-    async with get_client() as client:
-        runs = await client.read_flow_runs(flow_run_filter=FlowRunFilter(name={"like_": "collect: "}))
-        for run in runs:
-            for name, ended in {"crashed": Crashed(), "cancelled": Cancelled(), "lost": Running()}.items():
-                if run.name == f"collect: {name}":
-                    await client.set_flow_run_state(run.id, ended, force=True)
-        lost = next(run for run in runs if run.name == "collect: lost")
-        await _backdate(lost.id)
+        if name in STATES:
+            async with get_client() as client:
+                await client.set_flow_run_state(state.state_details.flow_run_id, STATES[name], force=True)
+    sandbox.on_status(jobs["forgotten"]["runId"], [Answer(404)] * 2)
     asked = len(_looks_at(jobs, sandbox))
 
     first = await collect_open_tickets(credentials)
     mine = {row.flow_runs[0].removeprefix("collect: "): row for row in first if row.run_id in _ids(jobs)}
 
-    saved = {"timed out", "crashed", "cancelled", "lost", "no audio"}
+    saved = {"timed out", "no audio", *STATES}
     assert {name: row.outcome for name, row in mine.items()} == {
         **dict.fromkeys(saved, "saved"),
         "refused": "rejected",
+        "failed": "rejected",
+        "forgotten": "lost",
         "slow": "pending",
     }
     assert "CONTENT_POLICY_VIOLATION" in mine["refused"].detail
     for name in saved:
         assert Path(mine[name].detail).read_bytes() == sandbox.audio_bytes(jobs[name]["runId"])
-    assert len(_looks_at(jobs, sandbox)) - asked == 7
+    assert len(_looks_at(jobs, sandbox)) - asked == len(mine) + 1  # one of them was asked about twice
     assert len(sandbox.ledger.refunds) == 2
 
     second = await collect_open_tickets(credentials)
     assert [(row.flow_runs, row.outcome) for row in second if row.run_id in _ids(jobs)] == [
         (["collect: slow"], "pending")
     ]
+    assert sandbox.requests("submit") == []
 
 
 def _looks_at(jobs: dict[str, dict[str, str]], sandbox: Sandbox) -> list[str | None]:
-    """List the status calls about these jobs; other tests on the same server may have left open tickets of theirs."""
+    """List the status calls about these jobs; other tests on the same server may have left open jobs of theirs."""
     return [request.run_id for request in sandbox.requests("status") if request.run_id in _ids(jobs)]
 
 
@@ -84,50 +101,162 @@ def _ids(jobs: dict[str, dict[str, str]]) -> set[str]:
     return {ticket["runId"] for ticket in jobs.values()}
 
 
-async def _backdate(flow_run_id: object) -> None:
-    """Let the deadline of a run be long past, as it is once somebody wonders about a run that never ends."""
-
-    async with get_client() as client:
-        [artifact] = await client.read_artifacts(
-            artifact_filter=ArtifactFilter(type={"any_": ["markdown"]}),
-            flow_run_filter=FlowRunFilter(id={"any_": [flow_run_id]}),
-        )
-        metadata = {**(artifact.metadata_ or {}), OPEN_UNTIL: "2026-01-01T00:00:00+00:00"}
-        await client.update_artifact(artifact.id, ArtifactUpdate(data=artifact.data, metadata_=metadata))
-
-
-async def test_a_run_that_is_still_waiting_is_left_alone(
-    sandbox: Sandbox, credentials: NanoGPTCredentials, save_to: str, quick: PollSchedule
-) -> None:
-    ticket = sandbox.add_job(text="Somebody is waiting for this.")
-    sandbox.on_status(ticket["runId"], [PENDING])
-    state = await wait_for_tts.with_options(flow_run_name="collect: alive")(
-        ticket, save_to, credentials, timeout_seconds=0.01, poll=quick, return_state=True
-    )
-    async with get_client() as client:
-        await client.set_flow_run_state(state.state_details.flow_run_id, Running(), force=True)
-    assert ticket["runId"] not in {row.run_id for row in await collect_open_tickets(credentials)}
+def rows_of(rows: Sequence[CollectedTicket], sandbox: Sandbox) -> list[CollectedTicket]:
+    """Pick the rows about jobs that this sandbox was paid for, in the order of their charges."""
+    ids = [charge.run_id for charge in sandbox.ledger.charges]
+    return sorted((row for row in rows if row.run_id in ids), key=lambda row: ids.index(str(row.run_id)))
 
 
 async def test_the_report_of_a_collected_run_tells_where_the_audio_is(
-    sandbox: Sandbox, credentials: NanoGPTCredentials, save_to: str, quick: PollSchedule
+    sandbox: Sandbox, credentials: NanoGPTCredentials, save_to: str, given_up: dict[str, Any]
 ) -> None:
     sandbox.on_status(None, [PENDING])
-    state = await text_to_speech(
-        "A text worth keeping.", save_to=save_to, credentials=credentials, timeout_seconds=0.01, poll=quick,
-        return_state=True,
-    )  # fmt: skip
+    state = await text_to_speech("A text worth keeping.", **given_up, return_state=True)
     assert state.name == "TTS_TIMEOUT"
-    rows = await collect_open_tickets(credentials)
-    [file] = Path(save_to).iterdir()
-    assert str(file) in [row.detail for row in rows]
+    [row] = rows_of(await collect_open_tickets(credentials), sandbox)
+    [file] = files_in(save_to)
+    assert (row.outcome, row.detail) == ("saved", str(file))
+    report = await report_of(state.state_details.flow_run_id)
+    assert str(file) in report
+    assert "A text worth keeping" in report
+
+
+async def report_of(flow_run_id: UUID | None) -> str:
     async with get_client() as client:
         [report] = await client.read_artifacts(
             artifact_filter=ArtifactFilter(type={"any_": ["markdown"]}),
-            flow_run_filter=FlowRunFilter(id={"any_": [state.state_details.flow_run_id]}),
+            flow_run_filter=FlowRunFilter(id={"any_": [flow_run_id]}),
         )
-    assert str(file) in str(report.data)
-    assert "A text worth keeping" in str(report.data)
+    return str(report.data)
+
+
+async def test_a_text_with_a_name_is_saved_under_it(
+    sandbox: Sandbox, credentials: NanoGPTCredentials, save_to: str, given_up: dict[str, Any]
+) -> None:
+    sandbox.on_status(None, [PENDING])
+    await text_to_speech("A text with a name.", name="intro", **given_up, return_state=True)
+    await collect_open_tickets(credentials)
+    assert [file.name for file in files_in(save_to)] == ["intro.mp3"]
+
+
+async def test_a_part_is_saved_as_a_part_and_never_as_the_whole(
+    sandbox: Sandbox, credentials: NanoGPTCredentials, save_to: str, given_up: dict[str, Any]
+) -> None:
+    sandbox.on_status(None, [PENDING] * 2)
+    parts = {"max_chars": 20}
+    state = await text_to_speech("The first part.\n\nThe second part.", **given_up, **parts, return_state=True)
+    assert state.name == "TTS_TIMEOUT"
+    told = await report_of(state.state_details.flow_run_id)
+
+    rows = rows_of(await collect_open_tickets(credentials), sandbox)
+
+    assert [row.outcome for row in rows] == ["saved", "saved"]
+    assert all(Path(row.detail).parent == Path(save_to, FOLDER) for row in rows)
+    assert files_in(save_to) == []
+    assert await report_of(state.state_details.flow_run_id) == told
+
+    asked = len(sandbox.requests())
+    audio = await text_to_speech("The first part.\n\nThe second part.", **given_up, **parts)
+    assert files_in(save_to) == [Path(audio.location)]
+    assert len(sandbox.requests()) == asked
+
+
+async def test_lines_are_saved_under_their_ids_and_the_batch_goes_on_from_there(
+    sandbox: Sandbox, credentials: NanoGPTCredentials, save_to: str, given_up: dict[str, Any]
+) -> None:
+    lines = [{"id": "one", "text": "The first line."}, {"id": "two", "text": "The second line."}]
+    sandbox.on_status(None, [PENDING] * 2)
+    state = await text_to_speech_batch(lines, **given_up, return_state=True)
+    assert state.name == "TTS_BATCH_PARTIAL"
+
+    rows = rows_of(await collect_open_tickets(credentials), sandbox)
+
+    assert sorted(row.detail for row in rows) == [f"{save_to}/one.mp3", f"{save_to}/two.mp3"]
+    asked = len(sandbox.requests())
+    assert [row.outcome for row in await text_to_speech_batch(lines, **given_up)] == ["completed", "completed"]
+    assert len(sandbox.requests()) == asked
+
+
+async def test_the_folders_that_no_run_has_used_are_named(
+    sandbox: Sandbox, credentials: NanoGPTCredentials, save_to: str
+) -> None:
+    ticket = await submit_tts(TTSRequest(text="Submitted by a script."), save_to, credentials)
+    assert isinstance(ticket, Ticket)
+    assert rows_of(await collect_open_tickets(credentials), sandbox) == []
+
+    [row] = rows_of(await collect_open_tickets(credentials, folders=[save_to]), sandbox)
+
+    assert (row.outcome, row.detail) == ("saved", f"{save_to}/{ticket.run_id}.mp3")
+
+
+async def test_the_jobs_of_another_provider_are_left_alone(
+    sandbox: Sandbox, credentials: NanoGPTCredentials, save_to: str, given_up: dict[str, Any]
+) -> None:
+    sandbox.on_status(None, [PENDING])
+    await text_to_speech("Known to one of them only.", **given_up, return_state=True)
+    asked = len(sandbox.requests())
+
+    with Sandbox(job_seconds=0, speak=False) as another:
+        elsewhere = credentials.model_copy(update={"base_url": another.base_url})
+        assert rows_of(await collect_open_tickets(elsewhere, folders=[save_to]), sandbox) == []
+        assert another.requests() == []
+    assert len(sandbox.requests()) == asked
+
+    [row] = rows_of(await collect_open_tickets(credentials), sandbox)
+    assert row.outcome == "saved"
+
+
+async def test_a_ledger_elsewhere_says_where_the_audio_goes(
+    sandbox: Sandbox,
+    credentials: NanoGPTCredentials,
+    save_to: str,
+    given_up: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("NANOGPT_LEDGER", str(tmp_path / "ledger"))
+    sandbox.on_status(None, [PENDING] * 2)
+    await text_to_speech("Its ledger is elsewhere.", **given_up, return_state=True)
+    ticket = sandbox.add_job("And so is that of a ticket.")
+    await wait_for_tts(ticket, **given_up, return_state=True)
+    monkeypatch.delenv("NANOGPT_LEDGER")
+
+    rows = rows_of(await collect_open_tickets(credentials), sandbox)
+
+    assert [row.detail for row in rows] == [f"{save_to}/{charge.run_id}.mp3" for charge in sandbox.ledger.charges]
+    assert not Path(save_to, FOLDER).exists()
+
+
+async def test_a_folder_of_another_machine_is_said_to_be_out_of_reach(
+    sandbox: Sandbox, credentials: NanoGPTCredentials, given_up: dict[str, Any]
+) -> None:
+    state = await text_to_speech("Saved.", **{**given_up, "timeout_seconds": 10}, return_state=True)
+    assert state.is_completed()
+    place = json.dumps({"place": "/only/over/there", "machine": "another-machine"})
+    async with get_client() as client:
+        run = state.state_details.flow_run_id
+        await client.update_flow_run_labels(run, {f"{LABEL}elsewhere": place})
+
+    [row] = [row for row in await collect_open_tickets(credentials) if "/only/over/there" in row.detail]
+
+    assert row.outcome == "unreachable"
+    assert "of the machine another-machine: run the collection there" in row.detail
+
+
+async def test_a_submission_of_which_nobody_knows_is_told_and_never_repeated(
+    sandbox: Sandbox, credentials: NanoGPTCredentials, save_to: str, given_up: dict[str, Any]
+) -> None:
+    sandbox.on_submit([Accept(then=Cut())])
+    state = await text_to_speech("Lost on the way.", **given_up, return_state=True)
+    assert state.name == "SUBMISSION_UNCERTAIN"
+    # As if the process had died with the answer on its way.
+    [note] = Path(save_to, FOLDER).glob("*.over-uncertain.json")
+    note.unlink()
+
+    rows = [row for row in await collect_open_tickets(credentials) if row.flow_runs and "Lost on" in row.flow_runs[0]]
+
+    assert [row.outcome for row in rows] == ["uncertain"]
+    assert len(sandbox.requests("submit")) == 1
 
 
 async def test_without_a_key_nothing_is_settled_and_the_run_says_why() -> None:

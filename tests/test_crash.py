@@ -14,9 +14,9 @@ from prefect.client.schemas.filters import FlowRunFilter, LogFilter
 from prefect.states import Scheduled
 
 from prefect_nanogpt.flows import text_to_speech
-from prefect_nanogpt.report import OPEN_TICKET
+from prefect_nanogpt.ledger import FOLDER
 from prefect_nanogpt.sandbox import Accept, Sandbox, Stall
-from tests.conftest import eventually, start
+from tests.conftest import eventually, files_in, start
 
 TEXT = "This is paid for once, whatever happens."
 PENDING = {"status": "pending"}
@@ -55,11 +55,11 @@ async def state_name(run: UUID) -> str | None:
         return (await client.read_flow_run(run)).state_name
 
 
-def held(sandbox: Sandbox, kind: str) -> None:
+def held(sandbox: Sandbox, kind: str, seconds: float = 60) -> None:
     """Make the sandbox hold the client in the middle of something, the first time."""
     match kind:
         case "submit":
-            sandbox.on_submit([Accept(delay=60)])
+            sandbox.on_submit([Accept(delay=seconds)])
         case "status":
             sandbox.on_status(None, itertools.repeat(PENDING))
         case "audio":
@@ -76,8 +76,20 @@ def go_on(sandbox: Sandbox, kind: str) -> None:
         sandbox.on_status(run_id, [sandbox.completed_body(run_id)])
 
 
-def files(save_to: str) -> list[Path]:
-    return sorted(Path(save_to).iterdir()) if Path(save_to).exists() else []
+def notes(save_to: str) -> list[str]:
+    """List the states of the job's notes in the ledger."""
+    return [file.name.split(".")[2] for file in files_in(Path(save_to, FOLDER))]
+
+
+async def test_a_run_that_died_before_its_claim_pays_in_the_next_attempt(sandbox: Sandbox, save_to: str) -> None:
+    run = await new_run(save_to)
+    assert Process(run, sandbox, "before the claim").join() == -signal.SIGKILL
+    assert notes(save_to) == []
+    assert sandbox.ledger.charges == []
+
+    flow_run = await retry(run, sandbox)
+
+    await assert_one_job_and_one_file(flow_run, sandbox, save_to)
 
 
 @pytest.mark.parametrize("point", ["before the POST is sent", "after the answer is read"])
@@ -94,11 +106,11 @@ async def test_a_run_that_died_around_the_submission_says_that_it_does_not_know(
     assert "was sent to the provider at" in str(flow_run.state.message if flow_run.state else "")
     assert len(sandbox.ledger.charges) == charged == (0 if point.startswith("before") else 1)
     assert len(sandbox.requests("submit")) == charged
-    assert files(save_to) == []
+    assert files_in(save_to) == []
 
 
 async def test_an_uncertain_submission_is_made_again_only_on_request(sandbox: Sandbox, save_to: str) -> None:
-    run = await new_run(save_to, resubmit_uncertain=True)
+    run = await new_run(save_to, resubmit=["uncertain"])
     Process(run, sandbox, "after the answer is read").join()
 
     flow_run = await retry(run, sandbox)
@@ -107,22 +119,54 @@ async def test_an_uncertain_submission_is_made_again_only_on_request(sandbox: Sa
     assert len(sandbox.ledger.charges) == 2
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=lambda how: how.name)
+@pytest.mark.parametrize(
+    ("how", "point"),
+    [(signal.SIGKILL, []), (signal.SIGTERM, ["when it has waited long enough"])],
+    ids=["SIGKILL", "SIGTERM and no answer in time"],
+)
 async def test_a_run_that_died_waiting_for_the_answer_says_that_it_does_not_know(
-    how: signal.Signals, sandbox: Sandbox, save_to: str
+    how: signal.Signals, point: list[str], sandbox: Sandbox, save_to: str
 ) -> None:
     held(sandbox, "submit")
     run = await new_run(save_to)
-    process = Process(run, sandbox)
+    process = Process(run, sandbox, *point)
     reached(sandbox, "submit")
     process.kill(how)
+    assert notes(save_to) == ["sent"]
 
     flow_run = await retry(run, sandbox)
 
     assert flow_run.state_name == "SUBMISSION_UNCERTAIN"
     assert len(sandbox.ledger.charges) == 1
     assert len(sandbox.requests("submit")) == 1
-    assert files(save_to) == []
+    assert files_in(save_to) == []
+
+
+async def test_a_run_that_is_told_to_stop_while_it_waits_for_the_answer_keeps_the_ticket(
+    sandbox: Sandbox, save_to: str
+) -> None:
+    held(sandbox, "submit", seconds=3)
+    run = await new_run(save_to)
+    process = Process(run, sandbox)
+    reached(sandbox, "submit")
+    process.kill(signal.SIGTERM)
+    assert notes(save_to) == ["answer", "sent"]
+    assert await state_name(run) == "Crashed"
+    assert "has left and is being charged for" in await eventually(lambda: logged(run, "A submission"))
+
+    flow_run = await retry(run, sandbox)
+
+    await assert_one_job_and_one_file(flow_run, sandbox, save_to)
+
+
+async def test_a_run_that_died_when_the_answer_was_noted_goes_on_from_there(sandbox: Sandbox, save_to: str) -> None:
+    run = await new_run(save_to)
+    assert Process(run, sandbox, "after the answer is noted").join() == -signal.SIGKILL
+    assert notes(save_to) == ["answer", "sent"]
+
+    flow_run = await retry(run, sandbox)
+
+    await assert_one_job_and_one_file(flow_run, sandbox, save_to)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=lambda how: how.name)
@@ -147,7 +191,10 @@ async def test_a_run_that_died_after_its_ticket_goes_on_from_there(
     await assert_one_job_and_one_file(flow_run, sandbox, save_to)
 
 
-@pytest.mark.parametrize("point", ["after the file is in place", "after the artifact"])
+@pytest.mark.parametrize(
+    "point",
+    ["after the file is in place", "after it is noted as saved", "before the artifact", "after the artifact"],
+)
 async def test_a_run_that_died_after_its_audio_was_saved_finds_it(point: str, sandbox: Sandbox, save_to: str) -> None:
     run = await new_run(save_to)
     assert Process(run, sandbox, point).join() == -signal.SIGKILL
@@ -163,7 +210,7 @@ async def assert_one_job_and_one_file(flow_run: FlowRun, sandbox: Sandbox, save_
     assert flow_run.state_name == "Completed"
     assert len(sandbox.ledger.charges) == 1
     assert len(sandbox.requests("submit")) == 1
-    [file] = files(save_to)
+    [file] = files_in(save_to)
     assert file.read_bytes() == sandbox.audio_bytes(sandbox.ledger.charges[0].run_id)
     async with get_client() as client:
         reports = [
@@ -173,21 +220,23 @@ async def assert_one_job_and_one_file(flow_run: FlowRun, sandbox: Sandbox, save_
         ]
     assert len(reports) == 1
     assert str(file) in str(reports[0].data)
-    assert OPEN_TICKET not in (reports[0].metadata_ or {})
+    assert "To get the audio" not in str(reports[0].data)
+    assert sum(note.startswith("saved-") for note in notes(save_to)) == 1
+
+
+async def logged(run: UUID, beginning: str) -> str | None:
+    async with get_client() as client:
+        logs = await client.read_logs(LogFilter(flow_run_id={"any_": [run]}))
+    return next((log.message for log in logs if log.message.startswith(beginning)), None)
 
 
 async def assert_last_word_says_how_to_resume(run: UUID) -> None:
+    assert "prefect-nanogpt wait" in await eventually(lambda: logged(run, "Stopped while waiting"))
     async with get_client() as client:
-
-        async def last_word() -> str | None:
-            logs = await client.read_logs(LogFilter(flow_run_id={"any_": [run]}))
-            return next((log.message for log in logs if log.message.startswith("Stopped while waiting")), None)
-
-        assert "prefect-nanogpt wait" in await eventually(last_word)
         [report] = [
             artifact
             for artifact in await client.read_artifacts(flow_run_filter=FlowRunFilter(id={"any_": [run]}))
             if artifact.key == "tts-audio"
         ]
     assert "Stopped while waiting" in str(report.data)
-    assert OPEN_TICKET in (report.metadata_ or {})
+    assert "To get the audio" in str(report.data)

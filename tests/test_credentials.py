@@ -15,7 +15,9 @@ from pydantic import SecretStr, ValidationError
 from prefect_nanogpt import NanoGPTCredentials
 from prefect_nanogpt.client import DEFAULT_BASE_URL
 from prefect_nanogpt.credentials import find_credentials, nanogpt_client
-from prefect_nanogpt.errors import CredentialsError
+from prefect_nanogpt.errors import CredentialsError, ProviderError
+from prefect_nanogpt.models import Ticket
+from prefect_nanogpt.sandbox import Answer, Sandbox
 from tests.conftest import API_KEY
 
 
@@ -111,18 +113,12 @@ def test_a_key_with_a_newline_inside_is_refused_and_not_shown() -> None:
 # Where they are looked for
 
 
-async def test_the_block_named_default_comes_first(saved_block: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NANOGPT_API_KEY", "the-key-of-the-environment")
-
-    assert (await find_credentials()).api_key.get_secret_value() == API_KEY
-
-
 @pytest.mark.parametrize(
     ("address", "expected"),
     [(None, DEFAULT_BASE_URL), ("", DEFAULT_BASE_URL), ("http://127.0.0.1:8765/api", "http://127.0.0.1:8765/api")],
 )
-async def test_the_environment_comes_second(
-    address: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+async def test_the_environment_comes_first(
+    address: str | None, expected: str, saved_block: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NANOGPT_API_KEY", " the-key-of-the-environment\n")
     if address is not None:
@@ -131,6 +127,23 @@ async def test_the_environment_comes_second(
     found = await find_credentials()
 
     assert (found.api_key.get_secret_value(), found.base_url) == ("the-key-of-the-environment", expected)
+    assert found.source == "the environment variable NANOGPT_API_KEY"
+
+
+@pytest.mark.parametrize("blank", ["", " \n"])
+async def test_the_block_named_default_comes_second(
+    blank: str, saved_block: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANOGPT_API_KEY", blank)
+
+    found = await find_credentials()
+
+    assert (found.api_key.get_secret_value(), found.base_url) == (API_KEY, "http://127.0.0.1:8765/api")
+    assert found.source == "the saved block nanogpt-credentials/default"
+
+
+def test_credentials_that_were_given_are_said_to_be_given(block: NanoGPTCredentials) -> None:
+    assert block.source == "the parameter `credentials`"
 
 
 @pytest.mark.parametrize("key", [None, "", " \n"])
@@ -143,6 +156,41 @@ async def test_without_either_the_error_names_both_ways(key: str | None, monkeyp
 
     assert "block named 'default'" in str(caught.value)
     assert "set NANOGPT_API_KEY" in str(caught.value)
+    assert "prefect-nanogpt sandbox" in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["the environment variable NANOGPT_API_KEY", "the parameter `credentials`"])
+async def test_the_log_says_where_the_key_came_from_and_which_api_is_asked_and_never_the_key(
+    source: str, block: NanoGPTCredentials, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("NANOGPT_API_KEY", API_KEY)
+    caplog.set_level("INFO")
+
+    async with nanogpt_client(block if "parameter" in source else None):
+        pass
+
+    assert f"Asking {DEFAULT_BASE_URL}, with the key from {source}." in caplog.text
+    assert API_KEY not in caplog.text
+
+
+async def test_a_refused_key_is_said_to_be_from_where_it_came(
+    sandbox: Sandbox, credentials: NanoGPTCredentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANOGPT_API_KEY", API_KEY)
+    monkeypatch.setenv("NANOGPT_BASE_URL", sandbox.base_url)
+    sandbox.on_status(None, [Answer(401, {"error": "Invalid API key"})] * 2)
+    words = []
+    for given in (None, credentials):
+        async with nanogpt_client(given) as client:
+            with pytest.raises(ProviderError) as caught:
+                await client.status(Ticket(run_id="98b0", model="m"))
+        words.append(str(caught.value))
+
+    assert words[0].endswith(
+        f"The key is from the environment variable NANOGPT_API_KEY, and was sent to {sandbox.base_url}."
+    )
+    assert words[1].endswith(f"The key is from the parameter `credentials`, and was sent to {sandbox.base_url}.")
+    assert API_KEY not in str(words)
 
 
 async def test_a_bad_address_in_the_environment_is_a_credentials_error(monkeypatch: pytest.MonkeyPatch) -> None:

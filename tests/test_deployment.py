@@ -14,10 +14,10 @@ from prefect import Flow
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas import FlowRun
 from prefect.client.schemas.filters import FlowRunFilter
+from prefect.exceptions import FailedRun
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelling, Scheduled
 
-from prefect_nanogpt.errors import ContentPolicyViolation
 from prefect_nanogpt.sandbox import Answer, Sandbox
 from prefect_nanogpt.tasks import get_tts_status
 from tests.conftest import API_KEY, eventually
@@ -92,10 +92,13 @@ async def test_a_worker_saves_the_audio_of_a_pasted_ticket(worker: None, sandbox
         run = await start(client, "wait-for-tts/wait-for-tts", {"ticket": ticket, "save_to": str(tmp_path / "audio")})
         flow_run = await ended(client, run)
         report = await report_of(client, run)
+        assert flow_run.state is not None
+        result = await flow_run.state.aresult()
     assert flow_run.state_name == "Completed"
     saved = tmp_path / "audio" / f"{ticket['runId']}.mp3"
     assert saved.read_bytes() == sandbox.audio_bytes(ticket["runId"])
     assert str(saved) in report
+    assert (result["location"], result["ticket"]["runId"]) == (str(saved), ticket["runId"])
 
 
 async def test_a_rejection_on_a_worker_names_the_state_and_outlives_retries(
@@ -109,10 +112,11 @@ async def test_a_rejection_on_a_worker_names_the_state_and_outlives_retries(
         )
         flow_run = await ended(client, run)
         assert flow_run.state is not None
-        error = await flow_run.state.aresult(raise_on_failure=False)
+        # The result is plain JSON, for callers that do not have this package.
+        with pytest.raises(FailedRun, match=r"^CONTENT_POLICY_VIOLATION: "):
+            await flow_run.state.aresult()
     assert flow_run.state_name == "CONTENT_POLICY_VIOLATION"
     assert flow_run.run_count == 1
-    assert isinstance(error, ContentPolicyViolation)
     assert len(sandbox.ledger.charges) == 1
 
 

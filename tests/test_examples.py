@@ -65,7 +65,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     folder = tmp_path_factory.mktemp("installed")
     source = folder / "source"
-    for part in ("prefect_nanogpt", "flows", "tasks"):
+    for part in ("src", "flows", "tasks"):
         copytree(ROOT / part, source / part)
     for part in ("pyproject.toml", "README.md", "LICENSE"):
         copy(ROOT / part, source)
@@ -95,7 +95,7 @@ def studio(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             deployed.deploy(flow.replace("_", "-"), work_pool_name="studio", print_next_steps=False)
     """
     with Sandbox(job_seconds=0, speak=False) as sandbox, S3Server() as s3:
-        env = environment(sandbox, **NOBODY, **s3.env, PREFECT_WORKER_QUERY_SECONDS="1")
+        env = environment(sandbox, **NOBODY, **s3.env, PREFECT_WORKER_QUERY_SECONDS="1", PYTHONPATH="")
         run(installed, "-c", deploying, cwd=project, env=env)
         worker = subprocess.Popen(
             [installed, "-m", "prefect", "worker", "start", "--pool", POOL],
@@ -120,7 +120,7 @@ def loudness_of(file: Path) -> float:
 
 def test_what_is_published_is_all_that_is_needed(installed: Path, tmp_path: Path) -> None:
     asking = "import prefect_nanogpt.flows, prefect_nanogpt.tasks as tasks; print(tasks.__file__)"
-    where = Path(run(installed, "-c", asking, cwd=tmp_path, env=environment()))
+    where = Path(run(installed, "-c", asking, cwd=tmp_path, env=environment(PYTHONPATH="")))
     assert where.is_relative_to(installed.parent.parent)
 
 
@@ -162,8 +162,10 @@ def test_a_project_without_this_package_calls_the_deployment(studio: Studio, tmp
         for text in ("Hello from outside.", "[sandbox:reject] Hm.")
     )
     printed, _ = greeting.communicate()
-    audio = Path(printed.strip().removeprefix("file://"))
-    assert audio.parent.parent == tmp_path / "greetings"
+    cost, location = printed.splitlines()
+    audio = Path(location)
+    assert cost.endswith(" USD.")
+    assert audio.parent == tmp_path / "greetings"
     assert audio.read_bytes() == studio.sandbox.audio_bytes(audio.stem)
     _, told = refused.communicate()
     assert refused.returncode != 0
@@ -195,7 +197,7 @@ def test_a_table_of_dialogue_becomes_a_file_for_each_line(in_folder: Path, sandb
     copy(EXAMPLES / "dialogue.csv", in_folder)
     said = run(sys.executable, copy(EXAMPLES / "dialogue.py", in_folder), cwd=in_folder, env=environment(sandbox))
     assert said == "Every line is recorded."
-    files = {path.name for path in (in_folder / "audio" / "dialogue").iterdir()}
+    files = {path.name for path in (in_folder / "audio" / "dialogue").iterdir() if path.is_file()}
     assert files == {f"{language}-gate-{n}.mp3" for language in ("en", "de", "fr") for n in (1, 2)} | {"manifest.jsonl"}
     assert {request.json.get("language") for request in sandbox.requests("submit")} == {None, "German", "French"}
 
@@ -204,7 +206,8 @@ def test_a_chapter_becomes_one_file(in_folder: Path, sandbox: Sandbox) -> None:
     said = run(
         sys.executable, copy(EXAMPLES / "audiobook_chapter.py", in_folder), cwd=in_folder, env=environment(sandbox)
     )
-    assert [path for path in (in_folder / "audio" / "book").iterdir()] == [Path(said.splitlines()[-1])]
+    files = [path for path in (in_folder / "audio" / "book").iterdir() if path.is_file()]
+    assert files == [Path(said.splitlines()[-1])]
     assert len(sandbox.requests("submit")) > 1
 
 

@@ -30,7 +30,7 @@ DOCUMENTED_TICKET = {
     "paymentSource": "USD",
     "isApiRequest": True,
 }
-REQUEST = TTSRequest(text="Hello", model="Elevenlabs-V3")
+MODEL = "Elevenlabs-V3"
 
 
 # Tickets
@@ -237,8 +237,8 @@ def test_an_answer_without_a_status_is_not_of_this_protocol(body: dict[str, Any]
 def test_the_documented_answers_to_a_submission_are_read() -> None:
     url = {"audioUrl": "https://a.test/1.wav", "contentType": "audio/wav", "duration": 2.3, "cost": 0.001}
 
-    assert parse_submission(DOCUMENTED_TICKET, REQUEST) == Ticket.model_validate(DOCUMENTED_TICKET)
-    assert parse_submission({**url, "currency": "USD"}, REQUEST) == Completed(
+    assert parse_submission(DOCUMENTED_TICKET, MODEL) == Ticket.model_validate(DOCUMENTED_TICKET)
+    assert parse_submission({**url, "currency": "USD"}, MODEL) == Completed(
         audio_url="https://a.test/1.wav",
         content_type="audio/wav",
         duration_seconds=2.3,
@@ -261,14 +261,12 @@ def test_the_documented_answers_to_a_submission_are_read() -> None:
     ids=str,
 )
 def test_a_ticket_that_was_paid_for_is_kept_however_odd_the_rest_of_it_is(odd: dict[str, Any]) -> None:
-    assert parse_submission({"status": "pending", "runId": "98b0", **odd}, REQUEST) == Ticket(
-        run_id="98b0", model="Elevenlabs-V3"
-    )
+    assert parse_submission({"status": "pending", "runId": "98b0", **odd}, MODEL) == Ticket(run_id="98b0", model=MODEL)
 
 
 def test_an_answer_with_neither_ticket_nor_url_is_refused() -> None:
     with pytest.raises(ValueError, match="neither a run id nor an audio URL"):
-        parse_submission({"status": "pending"}, REQUEST)
+        parse_submission({"status": "pending"}, MODEL)
 
 
 # Error bodies
@@ -332,11 +330,19 @@ def test_a_price_by_characters_prices_a_text() -> None:
 
 
 @pytest.mark.parametrize(
+    ("pricing", "price"),
+    [({"per_generation": 0.15}, "0.15"), ({"per_generation": 0.15, "per_thousand_chars": 10}, "0.20")],
+    ids=str,
+)
+def test_a_price_by_generation_is_that_of_a_job_however_long_its_text(pricing: dict[str, Any], price: str) -> None:
+    assert parse_speech_model({"id": "m", "pricing": pricing}).price("Hello") == Decimal(price)
+
+
+@pytest.mark.parametrize(
     "row",
     [
         {},
         {"pricing": {"currency": "XNO", "per_thousand_chars": 1}},
-        {"pricing": {"per_generation": 0.15}},
         {"pricing": {"per_thousand_chars": "varies"}},
         {"pricing": None, "supported_parameters": []},
     ],

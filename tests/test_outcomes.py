@@ -28,10 +28,11 @@ from pydantic import SecretStr
 from prefect_nanogpt import NanoGPTCredentials, errors
 from prefect_nanogpt.errors import AudioError, ContentPolicyViolation, NanoGPTError, ProviderError, TTSJobRejected
 from prefect_nanogpt.flows import wait_for_tts
+from prefect_nanogpt.ledger import Ledger
 from prefect_nanogpt.models import AudioFile, PollSchedule, Ticket
 from prefect_nanogpt.polling import poll
-from prefect_nanogpt.report import OPEN_TICKET
 from prefect_nanogpt.sandbox import Answer, Cut, Hang, Redirect, Sandbox
+from prefect_nanogpt.storage import Destination
 from tests.conftest import API_KEY, eventually
 
 TABLE = Path(__file__).parent.parent / "docs" / "outcomes.md"
@@ -293,7 +294,7 @@ def fly(monkeypatch: pytest.MonkeyPatch) -> None:
         nonlocal now
         now += seconds
 
-    monkeypatch.setattr("prefect_nanogpt.tasks.status.poll", partial(poll, clock=lambda: now, sleep=sleep))
+    monkeypatch.setattr("prefect_nanogpt.job.poll", partial(poll, clock=lambda: now, sleep=sleep))
 
 
 Arrange = Callable[[Case], dict[str, Any]]
@@ -340,7 +341,7 @@ async def test_the_outcome_is_as_documented_when(
     assert len(sandbox.requests("audio")) == int(row.downloads)
     assert len(sandbox.requests()) == int(row.calls) + int(row.downloads)
     report = await ended.report()
-    files = [path for path in Path(save_to).rglob("*") if path.is_file()]
+    files = [path for path in Path(save_to).glob("*") if path.is_file()]
     if row.exception == "none":
         assert ended.state.is_completed()
         assert row.exit == "0"
@@ -366,6 +367,48 @@ async def test_the_outcome_is_as_documented_when(
     assert_report(report, row, f"No speech: {row.state}", run_id)
 
 
+@pytest.mark.parametrize(
+    ("name", "noted"),
+    [
+        ("The job is finished", "saved"),
+        ("The audio is already saved", "saved"),
+        ("The job ends as failed", "failed"),
+        ("The content is rejected by its code", "refused"),
+        ("404 comes on and on", "lost"),
+        ("401 comes", "open"),
+        ("500 comes on and on", "open"),
+        ("The job is under way at the deadline", "open"),
+        ("The audio host redirects in a circle", "open"),
+        ("The audio URL is not http", "open"),
+        ("The audio is a web page", "open"),
+        ("There is no API key", "open"),
+    ],
+)
+async def test_only_the_provider_ends_a_job_in_the_ledger_when(
+    name: str, noted: str, arrange: Arrange, wait: Waiter, sandbox: Sandbox, save_to: str
+) -> None:
+    ticket = arrange(CASES[name])
+
+    await wait(ticket, **CASES[name].arguments)
+
+    [entry] = Ledger(Destination(save_to)).entries().values()
+    assert (entry.is_open, entry.is_saved, entry.over) == (
+        noted == "open",
+        noted == "saved",
+        noted if noted not in ("open", "saved") else None,
+    )
+
+
+async def test_a_lost_job_is_asked_for_once_more_by_another_run(sandbox: Sandbox, wait: Waiter) -> None:
+    ticket = sandbox.add_job()
+    sandbox.on_status(ticket["runId"], [Answer(404)] * 4)
+
+    lost, found = await wait(ticket), await wait(ticket)
+
+    assert (lost.state.name, found.state.name) == ("TTS_FAILED", "Completed")
+    assert Path(found.result.location).read_bytes() == sandbox.audio_bytes(ticket["runId"])
+
+
 def retries_in(sandbox: Sandbox) -> int:
     """Count the status calls that were answered with no status."""
     return sum(request.status != 200 for request in sandbox.requests("status"))
@@ -374,14 +417,17 @@ def retries_in(sandbox: Sandbox) -> int:
 def assert_report(report: Artifact | None, row: Row, title: str, run_id: str | None) -> None:
     assert report is not None
     assert report.description == title
-    metadata = report.metadata_ or {}
-    if row.report == "resume":
-        assert Ticket.model_validate_json(metadata[OPEN_TICKET]).run_id == run_id
-        assert "## To get the audio" in str(report.data)
-    else:
-        assert row.report == ("closed" if run_id else "ready")
-        assert OPEN_TICKET not in metadata
-        assert "## To get the audio" not in str(report.data)
+    assert row.report in (("resume", "closed") if run_id else ("ready",))
+    assert ("## To get the audio" in str(report.data)) == (row.report == "resume")
+    if run_id:
+        assert ticket_in(report).run_id == run_id
+
+
+def ticket_in(report: Artifact | None) -> Ticket:
+    """Read the ticket that a report shows."""
+    tokens, _ = rendered(report)
+    [shown] = [token.content for token in tokens if token.type == "fence" and token.info == "json"]
+    return Ticket.model_validate_json(shown)
 
 
 # What the table has no room for
@@ -390,7 +436,7 @@ def assert_report(report: Artifact | None, row: Row, title: str, run_id: str | N
 async def test_a_busy_provider_is_seen_in_prefect_as_retries_of_one_task_run(sandbox: Sandbox, wait: Waiter) -> None:
     ended = await wait(sandbox.add_job("[sandbox:busy 2]"))
 
-    [look] = await ended.task_runs("get-tts-status")
+    [look] = await ended.task_runs("poll")
     assert look.run_count == 3
     assert look.state_name == "Completed"
 
@@ -401,7 +447,7 @@ async def test_an_unreachable_audio_host_is_tried_four_times(sandbox: Sandbox, w
 
     ended = await wait(ticket)
 
-    [save] = await ended.task_runs("save-audio")
+    [save] = await ended.task_runs("save")
     assert (save.run_count, save.state_name) == (4, "Failed")
     assert isinstance(ended.result, AudioError)
     assert ended.result.ticket.run_id == ticket["runId"]
@@ -414,7 +460,7 @@ async def test_a_provider_at_an_address_where_nobody_listens_is_tried_nine_times
         sandbox.add_job(), credentials=NanoGPTCredentials(api_key=SecretStr(API_KEY), base_url=f"{nowhere}/api")
     )
 
-    [look] = await ended.task_runs("get-tts-status")
+    [look] = await ended.task_runs("poll")
     assert look.run_count == 9
     assert ended.state.name == "PROVIDER_UNREACHABLE"
 
@@ -436,6 +482,15 @@ async def test_an_unknown_word_and_each_queue_position_are_logged_once(sandbox: 
 
     assert sum("'warming_up', which is not documented" in line for line in logs) == 1
     assert [line for line in logs if line.startswith("Queue position")] == ["Queue position 2.", "Queue position 1."]
+
+
+async def test_the_task_runs_say_which_poll_they_are_and_where_the_job_was(sandbox: Sandbox, wait: Waiter) -> None:
+    ticket = sandbox.add_job()
+    sandbox.on_status(ticket["runId"], [pending(3), pending(2)])
+
+    polls = await (await wait(ticket)).task_runs("poll", runs=3)
+
+    assert sorted(run.name for run in polls) == ["poll 1, queue 3", "poll 2, queue 2", "poll 3"]
 
 
 async def test_the_progress_artifact_ends_at_a_hundred_percent(sandbox: Sandbox, wait: Waiter) -> None:
@@ -509,7 +564,7 @@ async def test_a_second_run_resumes_what_the_first_one_gave_up(
     first = await wait(ticket, **TWO_LOOKS)
     report = await first.report()
 
-    second = await wait(Ticket.model_validate_json(report.metadata_[OPEN_TICKET]))
+    second = await wait(ticket_in(report))
 
     assert first.state.name == "TTS_TIMEOUT"
     assert second.state.is_completed()
@@ -676,25 +731,35 @@ async def test_the_environment_gives_the_key_and_the_address(
     assert keys_seen(sandbox) == {"the-key-of-the-environment"}
 
 
-async def test_the_saved_block_wins_over_the_environment(
-    sandbox: Sandbox, wait: Waiter, saved_block: NanoGPTCredentials, monkeypatch: pytest.MonkeyPatch
+async def test_the_saved_block_gives_them_where_the_environment_does_not(
+    sandbox: Sandbox, wait: Waiter, saved_block: NanoGPTCredentials
 ) -> None:
-    monkeypatch.setenv("NANOGPT_API_KEY", "the-key-of-the-environment")
-
     ended = await wait(sandbox.add_job(), credentials=None)
 
     assert ended.state.is_completed()
     assert keys_seen(sandbox) == {API_KEY}
 
 
-async def test_credentials_that_are_given_win_over_the_saved_block(
-    sandbox: Sandbox, wait: Waiter, saved_block: NanoGPTCredentials
+async def test_the_environment_wins_over_the_saved_block_and_what_is_given_wins_over_both(
+    sandbox: Sandbox, wait: Waiter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    block = NanoGPTCredentials(api_key=SecretStr("the-key-of-the-block"), base_url="http://127.0.0.1:1/api")
+    await block.save("default", overwrite=True)
+    monkeypatch.setenv("NANOGPT_API_KEY", "the-key-of-the-environment")
+    monkeypatch.setenv("NANOGPT_BASE_URL", sandbox.base_url)
     given = NanoGPTCredentials(api_key=SecretStr("the-key-that-was-given"), base_url=sandbox.base_url)
+    try:
+        first = await wait(sandbox.add_job(), credentials=None)
+        assert (first.state.name, keys_seen(sandbox)) == ("Completed", {"the-key-of-the-environment"})
 
-    await wait(sandbox.add_job(), credentials=given)
+        await wait(sandbox.add_job(), credentials=given)
+        assert keys_seen(sandbox) == {"the-key-of-the-environment", "the-key-that-was-given"}
+    finally:
+        await NanoGPTCredentials.adelete("default")
 
-    assert keys_seen(sandbox) == {"the-key-that-was-given"}
+    assert f"Asking {sandbox.base_url}, with the key from the environment variable NANOGPT_API_KEY." in (
+        await first.logs()
+    )
 
 
 async def test_the_audio_host_gets_no_key_and_no_cookie(sandbox: Sandbox, wait: Waiter) -> None:
@@ -742,7 +807,7 @@ async def test_the_api_key_is_found_nowhere_after_a_good_and_a_bad_run(
 
     stored = {database: await eventually(all_events)}
     artifacts = [await ended.artifacts() for ended in waits]
-    tasks = [await ended.task_runs("get-tts-status") for ended in waits]
+    tasks = [await ended.task_runs("poll") for ended in waits]
     output = capfd.readouterr()
     stored |= {path: path.read_bytes() for path in PREFECT_HOME.value().rglob("*") if path.is_file()}
 

@@ -23,7 +23,7 @@ import httpx
 import pytest
 import yaml
 
-from prefect_nanogpt.manifest import ManifestRow
+from prefect_nanogpt.lines import ManifestRow
 from prefect_nanogpt.sandbox import Sandbox
 from tests.conftest import API_KEY, free_port, wait_for_server
 
@@ -173,13 +173,13 @@ def table(file: Path) -> Path:
 
 
 def test_four_shards_on_two_workers_one_of_which_is_lost(stack: Stack, tmp_path: Path) -> None:
-    save_to = tmp_path / "audio"
+    lines, save_to = table(tmp_path / "lines.csv"), tmp_path / "audio"
     with Sandbox(job_seconds=0.0, speak=False) as sandbox:
         provider = {"NANOGPT_API_KEY": API_KEY, "NANOGPT_BASE_URL": sandbox.base_url}
         beats = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS), "PREFECT_WORKER_QUERY_SECONDS": "1"}
         workers = [stack.start("worker", "--limit", "2", **provider, **beats) for _ in range(2)]
         parent = stack.start_process(
-            [sys.executable, "-m", "tests.batching", str(table(tmp_path / "lines.csv")), str(save_to), str(SHARDS)],
+            [sys.executable, "-m", "tests.batching", str(lines), str(save_to), json.dumps({"shards": SHARDS})],
             cwd=ROOT,
             env=stack.environment("worker", **provider),
         )
@@ -205,7 +205,7 @@ def test_four_shards_on_two_workers_one_of_which_is_lost(stack: Stack, tmp_path:
         assert row.location is not None, row
         assert hashlib.sha256(Path(row.location).read_bytes()).hexdigest() == row.sha256
     assert sorted(path.name for path in save_to.iterdir()) == sorted(
-        ["manifest.jsonl", *(f"{line_id}.mp3" for line_id in rows)]
+        [".nanogpt", "manifest.jsonl", *(f"{line_id}.mp3" for line_id in rows)]
     )
 
     # The limit of all workers: five at once, and twenty more each second.

@@ -16,8 +16,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from prefect_nanogpt.errors import AudioError, StorageError
+from prefect_nanogpt.models import AudioFile
 from prefect_nanogpt.sandbox import Sandbox
-from prefect_nanogpt.storage import Destination, container_of, file_stem, is_intact
+from prefect_nanogpt.storage import Destination, container_of, file_stem
 
 MP3 = b"ID3\x04\x00\x00\x00\x00\x00\x00" + bytes(2000)
 
@@ -60,6 +61,10 @@ async def chunks_of(content: bytes, size: int = 100) -> AsyncIterator[bytes]:
 async def breaking_off() -> AsyncIterator[bytes]:
     yield MP3
     raise httpx.ReadError("gone")
+
+
+async def is_intact(destination: Destination, audio: AudioFile) -> bool:
+    return await destination.run(destination.has, audio.location.rpartition("/")[2], audio.size_bytes, audio.sha256)
 
 
 @pytest.fixture
@@ -225,7 +230,7 @@ async def test_a_download_that_fails_leaves_the_file_that_was_there(folder: Path
     with pytest.raises(httpx.ReadError):
         await destination.save(breaking_off(), "speech")
 
-    assert await is_intact(before)
+    assert await is_intact(destination, before)
     assert [path.name for path in folder.iterdir()] == ["speech.mp3"]
 
 
@@ -258,9 +263,10 @@ async def test_a_relative_folder_and_a_file_url_are_local_folders(
 
 async def test_a_folder_that_is_a_file_is_explained(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
+    in_the_way = Destination(str(tmp_path / "file"))
 
     for action in (
-        Destination(str(tmp_path / "file")).check(),
+        in_the_way.run(in_the_way.check),
         Destination(str(tmp_path / "file" / "below")).save(chunks_of(MP3), "speech"),
     ):
         with pytest.raises(StorageError, match="cannot be used") as caught:
@@ -340,7 +346,7 @@ async def test_a_bucket_gets_the_audio_and_gives_it_back(bucket: str) -> None:
     assert saved.location == "memory:///speech/audio/speech.mp3"
     with fsspec.open(saved.location, "rb") as file:
         assert file.read() == MP3
-    found = await destination.find("speech")
+    found = await destination.run(destination.find, "speech")
     assert found is not None
     assert (found.location, found.sha256, found.size_bytes) == (saved.location, saved.sha256, len(MP3))
     assert everything_in(bucket) == ["/speech/audio/speech.mp3"]
@@ -371,7 +377,7 @@ async def test_where_half_an_upload_would_be_seen_it_goes_to_another_name_first(
     assert PlainServer.uploads == ["/speech/run.mp3.part"]
     assert list(PlainServer.store) == ["/speech/run.mp3"]
     assert saved.location == "plain:///speech/run.mp3"
-    assert await is_intact(saved)
+    assert await is_intact(Destination("plain://speech"), saved)
 
 
 class BrokenBucket(MemoryFileSystem):
@@ -404,26 +410,27 @@ async def test_only_finished_audio_of_that_name_is_found(where: str, request: py
     fs.pipe_file(f"{root}/speech.txt", b"notes")
     fs.pipe_file(f"{root}/.speech.0a1b2c3d.part", MP3)
 
-    assert await destination.find("speech") is None
+    assert await destination.run(destination.find, "speech") is None
     saved = await destination.save(chunks_of(b"OggS" + bytes(50)), "speech")
-    found = await destination.find("speech")
+    found = await destination.run(destination.find, "speech")
     assert found is not None
     assert (found.location, found.container, found.sha256) == (saved.location, "ogg", saved.sha256)
 
 
 async def test_nothing_is_found_where_there_is_no_folder(folder: Path) -> None:
-    assert await Destination(str(folder)).find("speech") is None
+    assert Destination(str(folder)).find("speech") is None
     assert not folder.exists()
 
 
 @pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_bytes(MP3 + b"x")], ids=["gone", "changed"])
 async def test_audio_that_is_gone_or_changed_is_not_intact(change: Callable[[Path], object], folder: Path) -> None:
-    saved = await Destination(str(folder)).save(chunks_of(MP3), "speech")
-    assert await is_intact(saved)
+    destination = Destination(str(folder))
+    saved = await destination.save(chunks_of(MP3), "speech")
+    assert await is_intact(destination, saved)
 
     change(Path(saved.location))
 
-    assert not await is_intact(saved)
+    assert not await is_intact(destination, saved)
 
 
 # Names
@@ -436,7 +443,7 @@ async def test_a_hostile_run_id_stays_inside_the_folder(run_id: str, folder: Pat
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [Path(audio.location)]
     assert Path(audio.location).parent == folder
     assert file_stem(run_id).isprintable()
-    assert (found := await Destination(str(folder)).find(file_stem(run_id)))
+    assert (found := Destination(str(folder)).find(file_stem(run_id)))
     assert found.location == audio.location
 
 

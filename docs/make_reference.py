@@ -12,10 +12,10 @@ from griffe import DocstringSectionKind, parse_google
 
 PUBLIC = {
     "prefect_nanogpt.flows": ["text_to_speech", "text_to_speech_batch", "wait_for_tts", "collect_open_tickets"],
-    "prefect_nanogpt.tasks": ["submit_tts", "get_tts_status", "wait_for_job", "save_audio"],
+    "prefect_nanogpt.tasks": ["submit_tts", "get_tts_status", "save_audio"],
     "prefect_nanogpt": ["NanoGPTCredentials"],
     "prefect_nanogpt.models": ["Ticket", "TTSRequest", "Pending", "Completed", "Rejected", "AudioFile", "PollSchedule"],
-    "prefect_nanogpt.manifest": ["ManifestRow"],
+    "prefect_nanogpt.lines": ["ManifestRow"],
     "prefect_nanogpt.errors": [
         "NanoGPTError",
         "TTSJobRejected",

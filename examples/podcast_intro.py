@@ -50,7 +50,7 @@ def publish(file: Path, folder: str, name: str) -> str:
 async def podcast_intro(episode: int = 1, publish_to: str = "published") -> str:
     """Make and publish the intro of an episode."""
     say = text_to_speech.with_options(retries=2, retry_delay_seconds=60)
-    speech = await say(SCRIPT.format(episode), voice="Rachel", max_cost=Decimal("0.05"), reuse=True)
+    speech = await say(SCRIPT.format(episode), voice="Rachel", max_cost=Decimal("0.05"))
     normalised = normalise(Path(speech.location), speech.sha256)
     url = publish(normalised, publish_to, f"intro-{episode}.mp3")
     print(f"Published {url}, which cost {speech.cost} {speech.currency}.")

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from prefect_nanogpt.budget import COST_LIMIT_EXCEEDED, Budget, usd_in
 from prefect_nanogpt.client import NanoGPTClient
-from prefect_nanogpt.credentials import NanoGPTCredentials, nanogpt_client, provider_of
+from prefect_nanogpt.credentials import NanoGPTCredentials, known_credentials, nanogpt_client, provider_of
 from prefect_nanogpt.errors import (
     BatchPartial,
     ContentPolicyViolation,
@@ -167,9 +167,10 @@ async def text_to_speech_batch(
             if shard > shards:
                 raise NanoGPTError(f"There is no shard {shard} of {shards}.", code="INVALID_REQUEST")
             wanted = wanted[shard - 1 :: shards]
-        ledger = await open_ledger(save_to, credentials)
+        known = await known_credentials(credentials)
+        ledger = await open_ledger(save_to, known)
         terms = Terms(ledger, timeout_seconds, poll, resubmit)
-        batch = _Batch(wanted, await provider_of(credentials), terms, artifact_key, is_shard=shard is not None)
+        batch = _Batch(wanted, await provider_of(known), terms, artifact_key, is_shard=shard is not None)
         await batch.look_up()
         if batch.todo:
             async with nanogpt_client(credentials) as client:

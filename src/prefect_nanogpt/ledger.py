@@ -352,7 +352,7 @@ class Ledger:
         note: dict[str, Any] = {}
         match submission:
             case Ticket():
-                note["ticket"] = submission.model_dump(mode="json", exclude_none=True)
+                note = _ticket_in(submission)
             case Completed():
                 note["completed"] = submission.model_dump(mode="json", exclude_none=True)
             case AudioContent():
@@ -363,9 +363,7 @@ class Ledger:
 
     def note_over(self, job: str, number: int, over: Over, error: NanoGPTError) -> bool:
         """Note that a try came to nothing, and whether this call did."""
-        note: dict[str, Any] = {"code": error.code, "message": error.message}
-        if error.ticket is not None:
-            note["ticket"] = error.ticket.model_dump(mode="json", exclude_none=True)
+        note = {"code": error.code, "message": error.message, **_ticket_in(error.ticket)}
         return self._end(job, number, f"over-{over}", note)
 
     def note_saved(self, job: str, number: int, audio: AudioFile, paid_by: RunReference | None = None) -> bool:
@@ -374,9 +372,8 @@ class Ledger:
         if f"{folder}/" == self.folder.location_of(""):
             name = f"{FOLDER}/{name}"
         key = hashlib.sha256(f"{name} {audio.sha256}".encode()).hexdigest()[:8]
-        note: dict[str, Any] = {"name": name, "audio": audio.model_dump(mode="json", exclude_none=True)}
-        if audio.ticket is not None:
-            note["ticket"] = audio.ticket.model_dump(mode="json", exclude_none=True)
+        told = audio.model_dump(mode="json", exclude_none=True)
+        note: dict[str, Any] = {"name": name, "audio": told, **_ticket_in(audio.ticket)}
         if paid_by is not None:
             note["run"] = paid_by.model_dump()
         is_new = self._end(job, number, f"saved-{key}", note)
@@ -391,7 +388,7 @@ class Ledger:
 
     def note_ticket(self, job: Job, ticket: Ticket) -> None:
         """Note the ticket of a job that was submitted elsewhere, so that it is open like any other."""
-        note = self._about(job) | {"ticket": ticket.model_dump(mode="json", exclude_none=True)}
+        note = self._about(job) | _ticket_in(ticket)
         self.folder.create(_name(job.id, 1, "answer"), _json(note))
 
     def note_plan(self, job: str, limit: int) -> None:
@@ -467,6 +464,11 @@ def _started(pid: int) -> str | None:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return None
+
+
+def _ticket_in(ticket: Ticket | None) -> dict[str, Any]:
+    """Give what a note says of a ticket."""
+    return {} if ticket is None else {"ticket": ticket.model_dump(mode="json", exclude_none=True)}
 
 
 def _name(job: str, number: int, state: str) -> str:

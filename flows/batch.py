@@ -1,6 +1,7 @@
 """Many lines, each paid for once, whatever becomes of the others."""
 
 import asyncio
+import json
 import textwrap
 import time
 from collections import Counter
@@ -8,18 +9,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import PurePath
 from typing import Annotated, Any, Final, cast
-from uuid import UUID
 
 import anyio
 import httpx
 from prefect import flow
-from prefect.artifacts import acreate_progress_artifact, aupdate_progress_artifact
 from prefect.runtime import flow_run as this_flow_run
 from pydantic import Field
 
 from prefect_nanogpt.budget import COST_LIMIT_EXCEEDED, Budget, usd_in
 from prefect_nanogpt.client import NanoGPTClient
-from prefect_nanogpt.credentials import NanoGPTCredentials, known_credentials, nanogpt_client, provider_of
+from prefect_nanogpt.credentials import NanoGPTCredentials, nanogpt_client
 from prefect_nanogpt.errors import (
     BatchPartial,
     ContentPolicyViolation,
@@ -46,7 +45,7 @@ from prefect_nanogpt.job import Said, Terms, find
 from prefect_nanogpt.ledger import Entry, Job
 from prefect_nanogpt.lines import COMPLETED, FILE_NAME, Line, Manifest, ManifestRow, read_lines
 from prefect_nanogpt.models import DEFAULT_MODEL, AudioFile, PollSchedule
-from prefect_nanogpt.report import TableReport, quietly
+from prefect_nanogpt.report import Artifact
 from prefect_nanogpt.storage import absolute
 from prefect_nanogpt.tasks.ledgers import open_ledger
 from prefect_nanogpt.tasks.say import PlainSteps, say_in_one_task
@@ -59,8 +58,6 @@ UNFINISHED: Final = "UNFINISHED"
 ROWS_SHOWN: Final = 100
 DETAIL_SHOWN: Final = 200
 PROGRESS_SECONDS: Final = 5.0
-SUBMISSIONS_AT_ONCE: Final = 16
-"""With a thousand at once, the event loop is too busy submitting to notice that the first jobs have finished."""
 LAST_WORD_SECONDS: Final = 5.0
 KEPT_BESIDE: Final = (
     "another text than the audio that was here under their names. That audio is kept, as <id>.<first letters of its "
@@ -167,10 +164,9 @@ async def text_to_speech_batch(
             if shard > shards:
                 raise NanoGPTError(f"There is no shard {shard} of {shards}.", code="INVALID_REQUEST")
             wanted = wanted[shard - 1 :: shards]
-        known = await known_credentials(credentials)
-        ledger = await open_ledger(save_to, known)
+        ledger, provider = await open_ledger(save_to, credentials)
         terms = Terms(ledger, timeout_seconds, poll, resubmit)
-        batch = _Batch(wanted, await provider_of(known), terms, artifact_key, is_shard=shard is not None)
+        batch = _Batch(wanted, provider, terms, artifact_key, is_shard=shard is not None)
         await batch.look_up()
         if batch.todo:
             async with nanogpt_client(credentials) as client:
@@ -179,9 +175,7 @@ async def text_to_speech_batch(
                 if shards > 1 and shard is None:
                     await _run_in_shards(batch, budget, shards, shard_deployment, credentials)
                 else:
-                    await batch.run(
-                        PlainSteps(terms, client, budget, asyncio.Semaphore(SUBMISSIONS_AT_ONCE)), max_in_flight
-                    )
+                    await batch.run(PlainSteps(terms, client, budget), max_in_flight)
         rows = await batch.finish()
         if all(row.is_completed for row in rows):
             return rows
@@ -231,8 +225,9 @@ class _Batch:
         self._ledger = terms.ledger
         self._manifest = Manifest(terms.ledger.destination)
         self._is_shard = is_shard
-        self._table = TableReport(key)
-        self._progress = _Progress(key, len(lines))
+        self._table = Artifact("table", key)
+        self._progress = Artifact("progress", f"{key}-progress")
+        self._shown_at = time.monotonic()
         self._entries: dict[str, Entry] = {}
         self._rows: dict[str, ManifestRow] = {}
         self._replaced = 0
@@ -253,7 +248,6 @@ class _Batch:
             else:
                 self._replaced += row is not None and row.is_completed and row.job != job.id
                 self.todo.setdefault(job.id, []).append(index)
-        self._progress.done = len(self._rows)
         run_logger().info("%d lines, of which %d are to do.", len(self.lines), len(self.lines) - len(self._rows))
         if self._replaced:
             run_logger().warning("%d lines have %s", self._replaced, KEPT_BESIDE)
@@ -314,8 +308,14 @@ class _Batch:
 
     async def _add(self, row: ManifestRow) -> None:
         self._rows[row.id] = row
-        if await self._progress.step(failed=not row.is_completed):
-            await self._show()
+        if time.monotonic() - self._shown_at >= PROGRESS_SECONDS or len(self._rows) == len(self.lines):
+            self._shown_at = time.monotonic()
+            failed = sum(not row.is_completed for row in self._rows.values())
+            what = f"{len(self._rows)} of {len(self.lines)} lines, {failed} without audio"
+            run_logger().info("%s.", what)
+            await self._progress.show(100.0 * len(self._rows) / len(self.lines), what)
+            if len(self._rows) < len(self.lines):
+                await self._show()
         if self._manifest.is_due and not self._is_shard:
             await self._ledger.run(self._manifest.write, self.lines, self._rows)
 
@@ -422,7 +422,7 @@ class _Batch:
                 f"To do what is missing, run the batch again with save_to={destination.save_to}: what is paid for is "
                 "found, and not paid for again."
             )
-        await self._table.show([_shown(row) for row in shown], " ".join(parts))
+        await self._table.show(json.dumps([_shown(row) for row in shown]), " ".join(parts))
 
 
 def _completed(line: str, job: str, audio: AudioFile, cost: Decimal | None, currency: str | None) -> ManifestRow:
@@ -446,36 +446,6 @@ def _shown(row: ManifestRow) -> dict[str, str]:
         "cost": f"{row.cost:f} {row.currency or ''}".strip() if row.cost is not None else "",
         "run id": row.ticket.run_id if row.ticket else "",
     }
-
-
-class _Progress:
-    """The progress artifact, brought up to date every few seconds."""
-
-    def __init__(self, key: str, lines: int) -> None:
-        self.done = 0
-        self._key = key
-        self._lines = lines
-        self._failed = 0
-        self._artifact: UUID | None = None
-        self._shown = time.monotonic()
-
-    async def step(self, *, failed: bool) -> bool:
-        """Count a line, and say whether it is time to show what is done."""
-        self.done += 1
-        self._failed += failed
-        now = time.monotonic()
-        if now - self._shown < PROGRESS_SECONDS and self.done < self._lines:
-            return False
-        self._shown = now
-        what = f"{self.done} of {self._lines} lines, {self._failed} without audio"
-        run_logger().info("%s.", what)
-        share = 100.0 * self.done / self._lines
-        if self._artifact is not None:
-            await quietly(aupdate_progress_artifact(self._artifact, share, what))
-        else:
-            new = acreate_progress_artifact(progress=share, key=f"{self._key}-progress", description=what)
-            self._artifact = await quietly(new)
-        return self.done < self._lines
 
 
 def _stops_everything(error: NanoGPTError) -> bool:

@@ -25,7 +25,7 @@ from prefect_nanogpt.flows.forms import ArtifactKey, Credentials, titled
 from prefect_nanogpt.job import Said, Terms, settle
 from prefect_nanogpt.ledger import Entry, Job, Ledger
 from prefect_nanogpt.models import Ticket
-from prefect_nanogpt.report import Report, TableReport, quietly
+from prefect_nanogpt.report import Artifact, Report, quietly
 from prefect_nanogpt.storage import Destination
 from prefect_nanogpt.tasks.ledgers import LABEL
 from prefect_nanogpt.tasks.say import PlainSteps
@@ -121,20 +121,18 @@ async def collect_open_tickets(
             rows += await asyncio.gather(*(_collect(same, client, gate) for same in _by_run_id(found)))
     except NanoGPTError as error:
         return cast(list[CollectedTicket], await failed(error, final=not error.retryable))
-    await TableReport(artifact_key).show(
-        [
-            {
-                "outcome": row.outcome,
-                "detail": row.detail,
-                "run id": row.run_id or "",
-                "model": row.model or "",
-                "cost": f"{row.cost:f}" if row.cost is not None else "",
-                "runs": ", ".join(row.flow_runs),
-            }
-            for row in rows
-        ],
-        f"{len(rows)} open jobs",
-    )
+    table = [
+        {
+            "outcome": row.outcome,
+            "detail": row.detail,
+            "run id": row.run_id or "",
+            "model": row.model or "",
+            "cost": f"{row.cost:f}" if row.cost is not None else "",
+            "runs": ", ".join(row.flow_runs),
+        }
+        for row in rows
+    ]
+    await Artifact("table", artifact_key).show(json.dumps(table), f"{len(rows)} open jobs")
     return rows
 
 
@@ -231,7 +229,7 @@ async def _collect(same: Sequence[_Open], client: NanoGPTClient, gate: asyncio.S
 async def _settle(found: _Open, client: NanoGPTClient) -> tuple[Outcome, str]:
     """Poll a job once, note what came of it, and bring the report of its run up to date."""
     terms = Terms(found.ledger)
-    steps = PlainSteps(terms, client, None, asyncio.Semaphore(), POLL_DELAYS_SECONDS)
+    steps = PlainSteps(terms, client, poll_delays=POLL_DELAYS_SECONDS)
     try:
         audio = await settle(found.job, terms, steps, found.entry)
     except SubmissionUncertain as error:

@@ -1,25 +1,23 @@
-"""What people look at: one markdown artifact a run, which tells from the first moment how to get at what was paid for.
+"""What people look at: the artifacts of a run, which tell from the first moment how to get at what was paid for.
 
 The provider's words and the text are escaped: in the artifact they are text, whatever they contain.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import time
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Final, TypeVar
+from typing import Final, Literal, TypeVar
 from urllib.parse import quote, urlsplit
 from uuid import UUID
 
 import httpx
-from prefect.artifacts import acreate_progress_artifact, aupdate_progress_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey, FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
 from prefect.context import FlowRunContext
 
 from prefect_nanogpt.errors import (
@@ -30,12 +28,12 @@ from prefect_nanogpt.errors import (
     SubmissionUncertain,
     TTSJobRejected,
 )
-from prefect_nanogpt.events import resume_command, run_logger, this_run
+from prefect_nanogpt.events import resume_command, run_logger
 from prefect_nanogpt.job import Said
 from prefect_nanogpt.models import Pending, Ticket
 from prefect_nanogpt.waveform import draw_steps, draw_waveform
 
-__all__ = ["Report", "TableReport", "escaped", "quietly"]
+__all__ = ["Artifact", "Report", "escaped", "quietly"]
 
 R = TypeVar("R")
 
@@ -60,10 +58,62 @@ def escaped(words: str, limit: int = LONGEST_QUOTE) -> str:
     return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", words)
 
 
-class Report:
-    """The artifacts of one run. A report that cannot be written is a warning: the job matters more.
+class Artifact:
+    """One artifact of a run, which later news and later attempts of the run change.
 
-    Reports only tell: nothing reads back what they say, and what is paid for is in the ledger.
+    Where it cannot be written, that is a warning: the job matters more. Nothing reads back what it says.
+
+    Args:
+        kind: What Prefect shows it as.
+        key: Its key.
+        artifact: Its id, where it is there already.
+    """
+
+    def __init__(self, kind: Literal["markdown", "table", "progress"], key: str, artifact: UUID | None = None) -> None:
+        self._kind = kind
+        self._key = key
+        self._artifact = artifact
+        self._earlier = ""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it was written."""
+        return self._artifact is not None
+
+    async def show(self, data: str | float, description: str, *, keep_earlier: bool = False) -> None:
+        """Write it.
+
+        Args:
+            data: The markdown, the table as JSON, or the progress in percent.
+            description: The words beside it.
+            keep_earlier: Whether what an earlier attempt had written is kept below the markdown.
+        """
+        await quietly(self._put(data, description, keep_earlier))
+
+    async def _put(self, data: str | float, description: str, keep_earlier: bool) -> None:
+        context = FlowRunContext.get()
+        flow_run = context.flow_run if context else None
+        async with get_client() as client:
+            if self._artifact is None and flow_run is not None and flow_run.run_count > 1:
+                for earlier in await client.read_artifacts(
+                    artifact_filter=ArtifactFilter(key={"any_": [self._key]}),
+                    flow_run_filter=FlowRunFilter(id={"any_": [flow_run.id]}),
+                    limit=1,
+                ):
+                    self._artifact = earlier.id
+                    self._earlier = str(earlier.data or "").partition(EARLIER)[0]
+            if keep_earlier and self._earlier:
+                data = f"{data}{EARLIER}\n\n{self._earlier}"
+            if self._artifact is not None:
+                await client.update_artifact(self._artifact, ArtifactUpdate(data=data, description=description))
+                return
+            artifact = ArtifactCreate(type=self._kind, key=self._key, description=description, data=data)
+            artifact.flow_run_id = flow_run.id if flow_run else None
+            self._artifact = (await client.create_artifact(artifact)).id
+
+
+class Report:
+    """The report of a run about one text. What is paid for is in the ledger; this only tells of it.
 
     Args:
         key: The key of the markdown artifact; the progress artifact has `-progress` behind it.
@@ -78,13 +128,11 @@ class Report:
     def __init__(self, key: str, save_to: str, text: str | None = None) -> None:
         self.ticket: Ticket | None = None
         self.paid: str | None = None
-        self._key = key
         self._save_to = save_to
         self._text = text
-        self._artifact: UUID | None = None
-        self._earlier: str | None = None
+        self._artifact = Artifact("markdown", key)
+        self._progress = Artifact("progress", f"{key}-progress")
         self._is_done = False
-        self._progress: UUID | None = None
         self._positions: list[tuple[float, int]] = []
         self._started = time.monotonic()
 
@@ -94,12 +142,13 @@ class Report:
         async with get_client() as client:
             found = await client.read_artifacts(
                 artifact_filter=ArtifactFilter(type={"any_": ["markdown"]}),
-                flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[UUID(flow_run_id)])),
+                flow_run_filter=FlowRunFilter(id={"any_": [UUID(flow_run_id)]}),
             )
         if len(found) != 1:
             return None
-        report = cls(found[0].key or "tts-audio", save_to, text)
-        report._artifact = found[0].id
+        key = found[0].key or "tts-audio"
+        report = cls(key, save_to, text)
+        report._artifact = Artifact("markdown", key, found[0].id)
         return report
 
     @property
@@ -125,12 +174,7 @@ class Report:
             self._positions.append((time.monotonic() - self._started, position))
             highest = max(position for _, position in self._positions)
             done, what = 100.0 * (highest - position) / (highest + 1), f"Queue position {position}."
-        if self._progress is None:
-            self._progress = await quietly(
-                acreate_progress_artifact(progress=done, key=f"{self._key}-progress", description=what)
-            )
-        else:
-            await quietly(aupdate_progress_artifact(self._progress, done, what))
+        await self._progress.show(done, what)
 
     async def finished(self, said: Said) -> None:
         """Show where the audio is, what it is, and who paid for it."""
@@ -158,8 +202,8 @@ class Report:
         if len(self._positions) > 1:
             pictures.append(f"![Queue position over time]({draw_steps(self._positions, audio.waited_seconds)})")
         await self._write("Speech ready", note, facts, pictures)
-        if self._progress is not None:
-            await quietly(aupdate_progress_artifact(self._progress, 100.0, "The audio is saved."))
+        if self._progress.is_there:
+            await self._progress.show(100.0, "The audio is saved.")
 
     async def failed(self, error: NanoGPTError) -> None:
         """Show the code, the provider's words, what became of the money, and what to do next."""
@@ -213,66 +257,9 @@ class Report:
             )
         elif is_open and self.paid is not None:
             parts.append(f"## To get the audio\n\n{self.paid} {GO_ON}")
-        await quietly(self._put("\n\n".join(parts) + "\n", title))
-
-    async def _put(self, markdown: str, description: str) -> None:
-        """Write the artifact: one for a run, which later attempts and later news change."""
-        context = FlowRunContext.get()
-        flow_run = context.flow_run if context else None
-        async with get_client() as client:
-            if self._artifact is None and flow_run is not None and flow_run.run_count > 1:
-                earlier = await client.read_artifacts(
-                    artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[self._key])),
-                    flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run.id])),
-                )
-                if earlier:
-                    self._artifact = earlier[0].id
-                    self._earlier = str(earlier[0].data or "").partition(EARLIER)[0]
-            if self._earlier and not self.is_begun and not self._is_done:
-                # An attempt that failed before it knew of the job takes nothing away.
-                markdown += f"{EARLIER}\n\n{self._earlier}"
-            if self._artifact is None:
-                artifact = ArtifactCreate(
-                    type="markdown",
-                    key=self._key,
-                    description=description,
-                    data=markdown,
-                    flow_run_id=flow_run.id if flow_run else None,
-                )
-                self._artifact = (await client.create_artifact(artifact)).id
-            else:
-                await client.update_artifact(self._artifact, ArtifactUpdate(data=markdown, description=description))
-
-
-class TableReport:
-    """A table artifact that is there from the first moment of a run and changes with it.
-
-    Args:
-        key: The key of the artifact.
-    """
-
-    def __init__(self, key: str) -> None:
-        self._key = key
-        self._artifact: UUID | None = None
-
-    async def show(self, table: Sequence[Mapping[str, str]], description: str) -> None:
-        """Write the table and what is said above it."""
-        await quietly(self._put(json.dumps(table), description))
-
-    async def _put(self, data: str, description: str) -> None:
-        async with get_client() as client:
-            if self._artifact is None:
-                run = this_run().id
-                artifact = ArtifactCreate(
-                    type="table",
-                    key=self._key,
-                    description=description,
-                    data=data,
-                    flow_run_id=UUID(run) if run else None,
-                )
-                self._artifact = (await client.create_artifact(artifact)).id
-            else:
-                await client.update_artifact(self._artifact, ArtifactUpdate(data=data, description=description))
+        # An attempt that failed before it knew of the job takes nothing away.
+        keep_earlier = not self.is_begun and not self._is_done
+        await self._artifact.show("\n\n".join(parts) + "\n", title, keep_earlier=keep_earlier)
 
 
 async def quietly(call: Awaitable[R]) -> R | None:

@@ -8,7 +8,7 @@ from prefect.runtime import flow_run as this_flow_run
 from pydantic import Field, ValidationError
 
 from prefect_nanogpt.client import NanoGPTClient
-from prefect_nanogpt.credentials import known_credentials, nanogpt_client, provider_of
+from prefect_nanogpt.credentials import nanogpt_client
 from prefect_nanogpt.errors import NanoGPTError
 from prefect_nanogpt.events import run_logger
 from prefect_nanogpt.flows.ending import PLAIN_JSON, failed, keep_result, may_go_better, reporting_interruption
@@ -132,9 +132,8 @@ async def text_to_speech(
         named = {name: value for name, value in named.items() if value is not None}
         request = request_of({**(options or {}), **named, "text": text, "model": model})
         async with reporting_interruption(report, save_to):
-            known = await known_credentials(credentials)
-            ledger = await open_ledger(save_to, known)
-            job = Job(await provider_of(known), request, take, name)
+            ledger, provider = await open_ledger(save_to, credentials)
+            job = Job(provider, request, take, name)
             terms = Terms(ledger, timeout_seconds, poll, resubmit)
             entry = await ledger.run(ledger.entry, job.id)
             said = await find(job, terms, entry)

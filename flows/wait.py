@@ -4,7 +4,7 @@ from typing import Annotated, cast
 
 from prefect import flow
 
-from prefect_nanogpt.credentials import known_credentials, nanogpt_client, provider_of
+from prefect_nanogpt.credentials import nanogpt_client
 from prefect_nanogpt.errors import NanoGPTError
 from prefect_nanogpt.events import run_logger
 from prefect_nanogpt.flows.ending import PLAIN_JSON, failed, keep_result, reporting_interruption
@@ -78,9 +78,8 @@ async def wait_for_tts(
     report.ticket = ticket
     try:
         async with reporting_interruption(report, save_to):
-            known = await known_credentials(credentials)
-            ledger = await open_ledger(save_to, known)
-            job = Job(await provider_of(known), ticket=ticket)
+            ledger, provider = await open_ledger(save_to, credentials)
+            job = Job(provider, ticket=ticket)
             terms = Terms(ledger, timeout_seconds, poll)
             said = await find(job, terms, await ledger.run(ledger.entry, job.id))
             if said is None:

@@ -8,7 +8,7 @@ from typing import Final
 
 from prefect.client.orchestration import get_client
 
-from prefect_nanogpt.credentials import NanoGPTCredentials, known_credentials
+from prefect_nanogpt.credentials import NanoGPTCredentials, provider_and_ledger
 from prefect_nanogpt.events import run_logger, this_run
 from prefect_nanogpt.ledger import Ledger
 from prefect_nanogpt.storage import Destination
@@ -21,20 +21,20 @@ LABEL: Final = "nanogpt.ledger."
 _told: set[tuple[str | None, str]] = set()
 
 
-async def open_ledger(save_to: str | PathLike[str], credentials: NanoGPTCredentials | None) -> Ledger:
-    """Open the ledger of a folder, after making sure that the folder can be used.
+async def open_ledger(save_to: str | PathLike[str], credentials: NanoGPTCredentials | None) -> tuple[Ledger, str]:
+    """Open the ledger of a folder that can be used, and give with it the base URL of the API that would be asked.
 
     Raises:
         StorageError: It cannot.
     """
     destination = Destination(save_to)
     await destination.run(destination.check)
-    known = await known_credentials(credentials)
-    ledger = Ledger.of(destination, known.ledger if known else None)
+    provider, elsewhere = await provider_and_ledger(credentials)
+    ledger = Ledger.of(destination, elsewhere)
     for warning in await ledger.run(ledger.warnings):
         run_logger().warning(warning)
     await _tell(ledger)
-    return ledger
+    return ledger, provider
 
 
 async def _tell(ledger: Ledger) -> None:

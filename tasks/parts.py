@@ -35,14 +35,6 @@ async def say_in_parts(
     has all of them for the next attempt. Their audio stays in the ledger's folder, so that a text of which one sentence
     has changed costs one part, also where the provider no longer has the others.
 
-    Args:
-        job: The whole.
-        terms: How.
-        limit: The longest part, in characters.
-        client: The client.
-        max_cost: The most that all the parts may cost, in USD.
-        report: The report of the run.
-
     Raises:
         NanoGPTError: The first failure of a part; or the parts cannot be joined.
     """
@@ -92,7 +84,7 @@ async def say_in_parts(
         budget.refuse_unless_affordable(
             part.request for part in unique.values() if part.request and part.id not in paid
         )
-    steps = PlainSteps(terms, client, budget, asyncio.Semaphore(PARTS_AT_ONCE))
+    steps = PlainSteps(terms, client, budget)
     numbers = {part.id: number for number, part in reversed(list(enumerate(parts, 1)))}
     await asyncio.gather(*(say_part(numbers[part.id], part) for part in unique.values()))
     await tell()

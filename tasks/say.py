@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from decimal import Decimal
-from typing import Any
+from typing import Any, Final
 
 from prefect import State, task
 from prefect.cache_policies import NO_CACHE
@@ -27,6 +27,9 @@ from prefect_nanogpt.tasks.limits import stay_under_rate_limit
 from prefect_nanogpt.tasks.retries import LONGEST_RETRY_AFTER_SECONDS, with_retries
 
 __all__ = ["PlainSteps", "TaskSteps", "say_in_one_task"]
+
+SUBMISSIONS_AT_ONCE: Final = 16
+"""With a thousand at once, the event loop is too busy submitting to notice that the first jobs have finished."""
 
 
 @task(
@@ -66,7 +69,6 @@ class PlainSteps:
         terms: What the jobs have in common.
         client: The client.
         budget: What may be spent.
-        submissions: How many jobs may be submitted at once.
         poll_delays: The pauses between the retries of a failing status call, in seconds.
     """
 
@@ -74,15 +76,14 @@ class PlainSteps:
         self,
         terms: Terms,
         client: NanoGPTClient,
-        budget: Budget | None,
-        submissions: asyncio.Semaphore,
-        poll_delays: Sequence[float] | None = None,
+        budget: Budget | None = None,
+        poll_delays: Sequence[float] = polling.RETRY_DELAYS_SECONDS,
     ) -> None:
         self._terms = terms
         self._client = client
         self._budget = budget
-        self._submissions = submissions
-        self._poll_delays = polling.RETRY_DELAYS_SECONDS if poll_delays is None else poll_delays
+        self._submissions = asyncio.Semaphore(SUBMISSIONS_AT_ONCE)
+        self._poll_delays = poll_delays
 
     async def submit(self, job: Job, entry: Entry) -> Submitted:
         """Submit a job."""

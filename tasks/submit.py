@@ -82,9 +82,9 @@ async def submit_tts(
             return await submit_tts(TTSRequest(text=text, voice="Rachel"), save_to="audio")
         ```
     """
-    ledger = await open_ledger(save_to, credentials)
+    ledger, provider = await open_ledger(save_to, credentials)
     async with nanogpt_client(credentials) as client:
-        job = Job(client.base_url, TTSRequest.model_validate(request), take, name)
+        job = Job(provider, TTSRequest.model_validate(request), take, name)
         assert job.request is not None
         entry = await ledger.run(ledger.entry, job.id)
         budget = None

@@ -33,10 +33,10 @@ from prefect.client.schemas.filters import (
 from prefect_nanogpt import NanoGPTCredentials
 from prefect_nanogpt.errors import BatchPartial, NanoGPTError
 from prefect_nanogpt.flows import text_to_speech_batch
-from prefect_nanogpt.flows.batch import SUBMISSIONS_AT_ONCE
 from prefect_nanogpt.lines import ManifestRow, read_lines
 from prefect_nanogpt.models import PollSchedule
 from prefect_nanogpt.sandbox import Accept, Answer, Cut, Sandbox
+from prefect_nanogpt.tasks.say import SUBMISSIONS_AT_ONCE
 from tests.conftest import API_KEY, eventually, free_port, start, wait_for_server
 
 

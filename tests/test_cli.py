@@ -338,6 +338,25 @@ def test_no_key_at_all_is_said_before_any_request(tmp_path: Path, sandbox: Sandb
 
 
 @pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"NANOGPT_BASE_URL": "http://127.0.0.1:1/api"}, "NANOGPT_API_KEY is not"),
+        ({"NANOGPT_API_KEY": API_KEY, "NANOGPT_BASE_URL": "nano-gpt.com/api"}, "not an http or https URL"),
+    ],
+)
+@pytest.mark.parametrize("command", [["say", "Hello."], ["serve", "--port", "0"]])
+def test_credentials_that_cannot_be_used_are_not_answered_by_the_sandbox(
+    command: list[str], environment: dict[str, str], words: str, tmp_path: Path
+) -> None:
+    done = run(*command, cwd=tmp_path, **environment)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert words in done.stderr
+    assert API_KEY not in done.stderr
+    assert not (tmp_path / "audio").exists()
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["say"], "text"),

@@ -130,6 +130,18 @@ async def test_the_environment_comes_first(
     assert found.source == "the environment variable NANOGPT_API_KEY"
 
 
+async def test_an_address_without_a_key_is_never_answered_with_the_saved_block(
+    saved_block: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANOGPT_BASE_URL", "http://127.0.0.1:9999/api")
+
+    with pytest.raises(CredentialsError, match="set both, or neither") as caught:
+        await find_credentials()
+
+    assert caught.value.code == "INVALID_CREDENTIALS"
+    assert "http://127.0.0.1:9999/api" in str(caught.value)
+
+
 @pytest.mark.parametrize("blank", ["", " \n"])
 async def test_the_block_named_default_comes_second(
     blank: str, saved_block: str, monkeypatch: pytest.MonkeyPatch

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -47,7 +48,7 @@ from prefect_nanogpt.flows.forms import LONGEST_TIMEOUT_SECONDS
 from prefect_nanogpt.job import Resubmit
 from prefect_nanogpt.lines import FILE_NAME as MANIFEST
 from prefect_nanogpt.lines import read_lines
-from prefect_nanogpt.models import DEFAULT_MODEL, Ticket, TTSRequest
+from prefect_nanogpt.models import DEFAULT_MODEL, AudioFile, Ticket, TTSRequest
 from prefect_nanogpt.sandbox import Sandbox
 from prefect_nanogpt.sandbox import serve as serve_sandbox
 from prefect_nanogpt.storage import Destination, absolute
@@ -56,8 +57,7 @@ __all__ = ["main"]
 
 Seconds = Annotated[float, Parameter(validator=validators.Number(gt=0, lte=LONGEST_TIMEOUT_SECONDS))]
 PositiveInt = Annotated[int, Parameter(validator=validators.Number(gte=1))]
-Options = Annotated[tuple[str, ...], Parameter(negative=(), consume_multiple=False)]
-Resubmitted = Annotated[tuple[Resubmit, ...], Parameter(negative=(), consume_multiple=False)]
+SEVERAL: Final = Parameter(negative=(), consume_multiple=False, show_default=False)
 NO_KEY: Final = "No NANOGPT_API_KEY: a local sandbox stands in for NanoGPT, with play money."
 JOB_FAILED: Final = 1
 BAD_USAGE: Final = 2
@@ -78,22 +78,47 @@ app = App(
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class JobOptions:
+    """What `say` and `batch` have in common.
+
+    Attributes:
+        model: The provider's model id; in a batch, of the lines that name none.
+        voice: A voice of the model; in a batch, of the lines that name none.
+        option: A further option of the model, as key=value, where the value may be JSON; any number of times.
+        save_to: A folder, or an fsspec URL such as s3://bucket/speech.
+        timeout_seconds: How long to wait for a job, in seconds.
+        max_cost: The most that all may cost, in USD, earlier runs and failed tries included.
+        take: Which rendition; another number is another job, and is paid for.
+        resubmit: Submit anew what is uncertain, lost or refused, although it may have been charged for.
+    """
+
+    model: str = DEFAULT_MODEL
+    voice: str | None = None
+    option: Annotated[tuple[str, ...], SEVERAL] = ()
+    save_to: str = "audio"
+    timeout_seconds: Seconds = 600.0
+    max_cost: Decimal | None = None
+    take: PositiveInt = 1
+    resubmit: Annotated[tuple[Resubmit, ...], SEVERAL] = ()
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Give them as the flows take them."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {"options": _options(given.pop("option")), **given}
+
+
 @app.command
 def say(
     text: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     *,
     file: Path | None = None,
-    model: str = DEFAULT_MODEL,
-    voice: str | None = None,
     speed: float | None = None,
     response_format: str | None = None,
-    option: Options = (),
     name: str | None = None,
-    save_to: str = "audio",
-    timeout_seconds: Seconds = 600.0,
-    max_cost: Decimal | None = None,
-    take: PositiveInt = 1,
-    resubmit: Resubmitted = (),
+    job: JobOptions = JobOptions(),
 ) -> int:
     """Say a text and save the audio. Without an API key, the sandbox says it.
 
@@ -102,43 +127,20 @@ def say(
     Args:
         text: What to say; - for standard input.
         file: A UTF-8 file with what to say, in the place of a text.
-        model: The provider's model id.
-        voice: A voice of the model.
         speed: The speaking rate, from 0.1 to 5.
         response_format: The container, for the models that offer a choice.
-        option: A further option of the model, as key=value, where the value may be JSON; any number of times.
         name: What to call the file, without extension; the provider's run id by default.
-        save_to: A folder, or an fsspec URL such as s3://bucket/speech.
-        timeout_seconds: How long to wait in all, in seconds.
-        max_cost: The most that it may cost, in USD, failed tries included.
-        take: Which rendition of the text; another number is another job, and is paid for.
-        resubmit: Submit anew a job that is uncertain, lost or refused, although it may have been charged for.
     """
     said = _text_of(text, file)
-    options = _options(option)
-    TTSRequest.model_validate(
-        {**options, "text": said, "model": model, "voice": voice, "speed": speed, "response_format": response_format}
-    )
+    parameters = job.parameters | {"speed": speed, "response_format": response_format}
+    request = {name: parameters[name] for name in ("model", "voice", "speed", "response_format")}
+    TTSRequest.model_validate({**parameters["options"], **request, "text": said})
 
     async def run(credentials: NanoGPTCredentials) -> str:
-        audio = await text_to_speech(
-            said,
-            model=model,
-            voice=voice,
-            speed=speed,
-            response_format=response_format,
-            options=options,
-            name=name,
-            save_to=save_to,
-            credentials=credentials,
-            timeout_seconds=timeout_seconds,
-            max_cost=max_cost,
-            take=take,
-            resubmit=resubmit,
-        )
+        audio: AudioFile = await text_to_speech(said, name=name, credentials=credentials, **parameters)
         return audio.location
 
-    return _run(run, save_to)
+    return _run(run, job.save_to)
 
 
 def _options(pairs: Sequence[str]) -> dict[str, Any]:
@@ -171,56 +173,34 @@ def _text_of(text: str | None, file: Path | None) -> str:
 def batch(
     lines: str,
     *,
-    model: str = DEFAULT_MODEL,
-    voice: str | None = None,
-    option: Options = (),
-    save_to: str = "audio",
-    timeout_seconds: Seconds = 600.0,
     max_in_flight: PositiveInt = 100,
     requests_per_second: Annotated[float, Parameter(validator=validators.Number(gte=0.01, lte=25))] = 20.0,
-    max_cost: Decimal | None = None,
-    take: PositiveInt = 1,
-    resubmit: Resubmitted = (),
+    job: JobOptions = JobOptions(),
 ) -> int:
     """Say every line of a file, each into a file of its own. Run it again to do what is missing.
 
     Args:
         lines: A CSV file with the columns id and text, or a JSON Lines file; a path or an fsspec URL.
-        model: The model of the lines that name none.
-        voice: The voice of the lines that name none.
-        option: An option of the lines that do not set it, as key=value; any number of times.
-        save_to: A folder, or an fsspec URL such as s3://bucket/speech; manifest.jsonl there tells of each line.
-        timeout_seconds: How long to wait for each job, in seconds.
         max_in_flight: How many lines to be at work on at once.
         requests_per_second: How many requests to make a second, at most 25.
-        max_cost: The most that all the lines may cost, in USD, earlier runs and failed tries included.
-        take: Which rendition of the lines that do not say which.
-        resubmit: Submit anew jobs that are uncertain, lost or refused, although they may have been charged for.
     """
-    options = _options(option)
+    parameters = job.parameters
     try:
-        read_lines(lines, {"model": model, "voice": voice, **options}, take)
+        read_lines(lines, {"model": job.model, "voice": job.voice, **parameters["options"]}, job.take)
     except NanoGPTError as error:
         raise UsageError(str(error)) from None
 
     async def run(credentials: NanoGPTCredentials) -> str:
         await text_to_speech_batch(
             lines,
-            model=model,
-            voice=voice,
-            options=options,
-            save_to=save_to,
             credentials=credentials,
-            timeout_seconds=timeout_seconds,
             max_in_flight=max_in_flight,
             requests_per_second=requests_per_second,
-            max_cost=max_cost,
-            take=take,
-            resubmit=resubmit,
+            **parameters,
         )
-        return Destination(save_to).location_of(MANIFEST)
+        return Destination(job.save_to).location_of(MANIFEST)
 
-    return _run(run, save_to)
+    return _run(run, job.save_to)
 
 
 @app.command
@@ -282,7 +262,8 @@ def serve_flows(*, port: int = 4200) -> int:
             stack.enter_context(_server(port))
         try:
             asyncio.run(find_credentials())
-        except CredentialsError:
+        except CredentialsError as error:
+            _refuse_if_given(error)
             stand_in = stack.enter_context(Sandbox())
             # The runs have processes of their own, which find the sandbox there.
             os.environ.update(NANOGPT_API_KEY="sandbox", NANOGPT_BASE_URL=stand_in.base_url)
@@ -339,7 +320,16 @@ def main() -> None:
         for problem in error.errors():
             option = "".join(f"--{field}: " for field in problem["loc"][:1]).replace("_", "-")
             console.print(f"{option}{problem['msg'].removeprefix('Value error, ')}", markup=False)
+    except NanoGPTError as error:
+        console.print(str(error), style="red", markup=False)
+        sys.exit(JOB_FAILED)
     sys.exit(BAD_USAGE)
+
+
+def _refuse_if_given(error: CredentialsError) -> None:
+    """Let the sandbox stand in where no credentials were given, and nowhere else."""
+    if error.code != CredentialsError.default_code:
+        raise UsageError(error.message) from None
 
 
 def _run(flow_run: Callable[[NanoGPTCredentials], Awaitable[str]], save_to: str) -> int:
@@ -349,7 +339,8 @@ def _run(flow_run: Callable[[NanoGPTCredentials], Awaitable[str]], save_to: str)
         with ExitStack() as stack:
             try:
                 credentials = await find_credentials()
-            except CredentialsError:
+            except CredentialsError as error:
+                _refuse_if_given(error)
                 sandbox = stack.enter_context(Sandbox())
                 credentials = NanoGPTCredentials(api_key=SecretStr("sandbox"), base_url=sandbox.base_url)
                 console.print(NO_KEY)

@@ -7,7 +7,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
-from typing import ClassVar
+from typing import ClassVar, Final, NamedTuple
 
 import httpx
 from prefect.blocks.abstract import CredentialsBlock
@@ -17,7 +17,10 @@ from prefect_nanogpt.client import DEFAULT_BASE_URL, NanoGPTClient
 from prefect_nanogpt.errors import CredentialsError
 from prefect_nanogpt.events import run_logger
 
-__all__ = ["NanoGPTCredentials", "find_credentials", "known_credentials", "nanogpt_client", "provider_of"]
+__all__ = ["NanoGPTCredentials", "find_credentials", "nanogpt_client", "provider_and_ledger"]
+
+INVALID_CREDENTIALS: Final = "INVALID_CREDENTIALS"
+"""Something was given, and it cannot be used: that is not the same as nothing."""
 
 
 class NanoGPTCredentials(CredentialsBlock):
@@ -100,13 +103,24 @@ async def find_credentials() -> NanoGPTCredentials:
         try:
             found = NanoGPTCredentials(api_key=SecretStr(api_key), base_url=base_url)
         except ValidationError:
-            raise CredentialsError(f"NANOGPT_BASE_URL={base_url!r} is not an http or https URL.") from None
+            raise CredentialsError(
+                f"NANOGPT_BASE_URL={base_url!r} is not an http or https URL.", code=INVALID_CREDENTIALS
+            ) from None
         found._source = "the environment variable NANOGPT_API_KEY"
         return found
+    if base_url != DEFAULT_BASE_URL:
+        # Whoever exported the sandbox's address must not be charged by the address of the block.
+        raise CredentialsError(
+            f"NANOGPT_BASE_URL is set to {base_url} and NANOGPT_API_KEY is not: set both, or neither to use the saved "
+            "block. No request was made.",
+            code=INVALID_CREDENTIALS,
+        )
     try:
         block = await NanoGPTCredentials.aload("default")
     except ValidationError:
-        raise CredentialsError("The saved block nanogpt-credentials/default is not valid: save it anew.") from None
+        raise CredentialsError(
+            "The saved block nanogpt-credentials/default is not valid: save it anew.", code=INVALID_CREDENTIALS
+        ) from None
     except ValueError:
         raise CredentialsError(
             "There is no NanoGPT API key: set NANOGPT_API_KEY in the environment of the process that runs the flow, or "
@@ -115,29 +129,34 @@ async def find_credentials() -> NanoGPTCredentials:
         ) from None
     except httpx.HTTPError as error:
         raise CredentialsError(
-            f"Whether Prefect has a block nanogpt-credentials/default cannot be told now: {error}", retryable=True
+            f"Whether Prefect has a block nanogpt-credentials/default cannot be told now: {error}",
+            code=INVALID_CREDENTIALS,
+            retryable=True,
         ) from None
     assert isinstance(block, NanoGPTCredentials)
     return block
 
 
-async def known_credentials(credentials: NanoGPTCredentials | None) -> NanoGPTCredentials | None:
-    """Give the credentials that would be used; None where there are none, since not everything needs a key."""
+class _Lent(NamedTuple):
+    """The client that a flow run has open, the credentials that were asked for and those that it has."""
+
+    client: NanoGPTClient
+    asked: NanoGPTCredentials | None
+    credentials: NanoGPTCredentials
+    loop: asyncio.AbstractEventLoop
+
+
+_open_client: ContextVar[_Lent | None] = ContextVar("nanogpt_client", default=None)
+
+
+async def provider_and_ledger(credentials: NanoGPTCredentials | None) -> tuple[str, str | None]:
+    """Give the base URL of the API that would be asked, and where its block wants the ledger, with a key or without."""
+    lent = _open_client.get()
     try:
-        return credentials or await find_credentials()
-    except CredentialsError:
-        return None
-
-
-async def provider_of(credentials: NanoGPTCredentials | None) -> str:
-    """Give the base URL of the API that would be asked, whether or not there is a key for it."""
-    if known := await known_credentials(credentials):
-        return known.base_url.rstrip("/")
-    return (os.environ.get("NANOGPT_BASE_URL") or DEFAULT_BASE_URL).rstrip("/")
-
-
-_open_client: ContextVar[tuple[NanoGPTClient, NanoGPTCredentials | None, asyncio.AbstractEventLoop] | None]
-_open_client = ContextVar("nanogpt_client", default=None)
+        found = credentials or (lent.credentials if lent else await find_credentials())
+    except CredentialsError:  # what is there already needs no key
+        return (os.environ.get("NANOGPT_BASE_URL") or DEFAULT_BASE_URL).rstrip("/"), None
+    return found.base_url.rstrip("/"), found.ledger
 
 
 @asynccontextmanager
@@ -154,15 +173,13 @@ async def nanogpt_client(credentials: NanoGPTCredentials | None) -> AsyncIterato
         CredentialsError: There is no usable key.
     """
     lent = _open_client.get()
-    if lent is not None:
-        client, of, loop = lent
-        if credentials in (None, of) and loop is asyncio.get_running_loop():
-            yield client
-            return
+    if lent is not None and credentials in (None, lent.asked) and lent.loop is asyncio.get_running_loop():
+        yield lent.client
+        return
     found = credentials or await find_credentials()
     async with found.get_client() as client:
         run_logger().info("Asking %s, with the key from %s.", client.base_url, found.source)
-        token = _open_client.set((client, credentials, asyncio.get_running_loop()))
+        token = _open_client.set(_Lent(client, credentials, found, asyncio.get_running_loop()))
         try:
             yield client
         finally:

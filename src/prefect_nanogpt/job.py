@@ -142,11 +142,7 @@ def _under_its_name(job: Job, ledger: Ledger, found: Found) -> Said:
 async def say(job: Job, terms: Terms, steps: Steps, entry: Entry | None = None) -> Said:
     """Get the audio of a job, submitting it only where the ledger says that nobody has.
 
-    Args:
-        job: What to say, and what to call it.
-        terms: How.
-        steps: How each step is made.
-        entry: What the ledger knows of the job, where the caller has just listed it.
+    `entry` is what the ledger knows of the job, where the caller has just listed it.
 
     Raises:
         NanoGPTError: There is no audio; the class and the code say why.
@@ -218,7 +214,7 @@ async def submit(
         ledger: The record of what is paid for.
         client: The client.
         resubmit: Which ends of earlier tries to submit after.
-        entry: What the ledger knows of the job, where the caller has just looked.
+        entry: What the ledger knows of the job, where the caller has just listed it.
         budget: What may be spent.
         wait_for_turn: What to wait for before the request may leave.
         log_ticket: Whether to log the ticket although the ledger has it: of one job, not of a thousand.
@@ -475,11 +471,7 @@ def _note_end(job: Job, terms: Terms, known: Submitted, error: NanoGPTError, is_
 async def save_whole(job: Job, terms: Terms, chunks: AsyncIterator[bytes], parts: Sequence[AudioFile]) -> AudioFile:
     """Save audio that was joined of the parts of a text, and note it as that of the whole.
 
-    Args:
-        job: The whole.
-        terms: How.
-        chunks: The bytes of the joined audio.
-        parts: The parts, in order; equal ones are one file, and were paid for once.
+    Equal parts are one file, and were paid for once.
     """
     ledger = terms.ledger
     saved = await ledger.destination.save(chunks, _stem(job, None))

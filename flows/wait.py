@@ -79,11 +79,12 @@ async def wait_for_tts(
     try:
         async with reporting_interruption(report, save_to):
             ledger, provider = await open_ledger(save_to, credentials)
-            job = Job(provider, ticket=ticket)
+            job = await ledger.run(ledger.open_job_of, provider, ticket) or Job(provider, ticket=ticket)
             terms = Terms(ledger, timeout_seconds, poll)
             said = await find(job, terms, await ledger.run(ledger.entry, job.id))
             if said is None:
-                await ledger.run(ledger.note_ticket, job, ticket)
+                if job.noted_as is None:
+                    await ledger.run(ledger.note_ticket, job, ticket)
                 said = await _wait(job, terms, credentials, report)
             await report.finished(said)
             return said.audio

@@ -2,10 +2,12 @@
 
 import itertools
 import os
+import pty
 import shlex
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -112,9 +114,7 @@ def test_batch_says_every_line_and_prints_where_the_manifest_is(
         file.write("bad,[sandbox:reject] No.\n")
     done = run("batch", "lines.csv", "--save-to", "here", cwd=tmp_path, **key)
     assert (done.returncode, done.stdout) == (1, "")
-    said, *how = done.stderr.splitlines()[-3:]
-    assert said.startswith("TTS_BATCH_PARTIAL: 1 of 3 lines have no audio")
-    assert how == ["To do what is missing:", "prefect-nanogpt batch lines.csv --save-to here"]
+    assert done.stderr.splitlines()[-1].startswith("TTS_BATCH_PARTIAL: 1 of 3 lines have no audio")
     assert len(sandbox.requests("submit")) == 3
 
 
@@ -196,7 +196,8 @@ def test_a_run_that_times_out_prints_the_command_that_waits_on(
     done = run("say", "Not yet.", "--timeout-seconds", "0.1", cwd=tmp_path, **key)
     command = f"prefect-nanogpt say 'Not yet.' --timeout-seconds 0.1 --save-to {tmp_path}/audio"
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-2:] == ["It is paid for. To go on with it, at no cost:", command]
+    assert done.stderr.splitlines()[-2].startswith("Whatever was submitted is paid for, and is found again;")
+    assert done.stderr.splitlines()[-1] == command
 
     run_id = sandbox.ledger.charges[0].run_id
     sandbox.on_status(run_id, [sandbox.completed_body(run_id)])
@@ -256,8 +257,8 @@ class Interrupted:
         )
         self.lines: list[str] = []
 
-    def press(self) -> None:
-        self._process.send_signal(signal.SIGINT)
+    def press(self, number: signal.Signals = signal.SIGINT) -> None:
+        self._process.send_signal(number)
 
     def read_until(self, words: str) -> None:
         assert self._process.stderr is not None
@@ -288,10 +289,8 @@ def test_ctrl_c_while_a_submission_is_in_the_air_waits_for_its_ticket_and_says_h
     assert interrupted.end() == (130, "")
     if command == "say":  # the tickets of a batch are in the ledger alone
         assert any(line.startswith("Accepted and charged. Ticket: ") for line in interrupted.lines)
-    assert interrupted.lines[-2:] == [
-        "Stopped. What was submitted is paid for and goes on. To go on with it:",
-        shlex.join(["prefect-nanogpt", *arguments]),
-    ]
+    assert interrupted.lines[-2].startswith("Stopped. Whatever was submitted is paid for, and is found again;")
+    assert shlex.split(interrupted.lines[-1]) == ["prefect-nanogpt", *arguments[:-1], f"{tmp_path}/here"]
     assert "Traceback" not in "".join(interrupted.lines)
     assert run(*shlex.split(interrupted.lines[-1])[1:], cwd=tmp_path, **key).returncode == 0
     assert len(sandbox.ledger.charges) == 1
@@ -328,6 +327,84 @@ def test_ctrl_c_while_a_job_is_waited_for_says_how_to_go_on(
     sandbox.on_status(run_id, itertools.repeat(sandbox.completed_body(run_id)))
     assert run(*shlex.split(interrupted.lines[-1])[1:], cwd=tmp_path, **key).returncode == 0
     assert len(sandbox.ledger.charges) == 1
+
+
+@pytest.mark.parametrize("command", ["say", "batch", "wait"])
+def test_a_terminated_command_says_how_to_go_on(
+    command: str, tmp_path: Path, sandbox: Sandbox, key: dict[str, str]
+) -> None:
+    (tmp_path / "lines.csv").write_text("id,text\nhello,Hello.\n")
+    ticket = sandbox.add_job(text="Elsewhere.") if command == "wait" else {"runId": "", "model": ""}
+    arguments = {
+        "say": ["say", "Hello.", "--resubmit", "uncertain"],
+        "batch": ["batch", "--resubmit=lost", "lines.csv"],
+        "wait": ["wait", ticket["runId"], "--model", ticket["model"]],
+    }[command]
+    sandbox.on_status(None, itertools.repeat({"status": "pending"}))
+    stopped = Interrupted(*arguments, cwd=tmp_path, **key)
+    sandbox.wait_for_request("status")
+    stopped.press(signal.SIGTERM)
+
+    assert stopped.end() == (143, "")
+    assert "Traceback" not in "".join(stopped.lines)
+    kept = [word for word in arguments if word not in ("--resubmit", "uncertain", "--resubmit=lost")]
+    assert shlex.split(stopped.lines[-1]) == ["prefect-nanogpt", *kept, "--save-to", f"{tmp_path}/audio"]
+    assert ("at no cost" in stopped.lines[-2]) == (command == "wait")
+
+
+def test_the_printed_command_works_in_another_folder_and_pays_nothing_anew(
+    tmp_path: Path, sandbox: Sandbox, key: dict[str, str]
+) -> None:
+    sandbox.on_status(None, [{"status": "processing"}] * 2)
+    late = ["--timeout-seconds", "0.1", "--save-to", "here"]
+    done = run("say", *late, "--", "--Dashes, it says.", cwd=tmp_path, **key)
+    (tmp_path / "elsewhere").mkdir()
+    again = run(*shlex.split(done.stderr.splitlines()[-1])[1:], cwd=tmp_path / "elsewhere", **key)
+
+    assert again.stdout == f"{tmp_path}/here/{sandbox.ledger.charges[0].run_id}.mp3\n"
+    assert len(sandbox.ledger.charges) == 1
+
+    sandbox.on_status(None, [{"status": "processing"}] * 2)
+    piped = run("say", "-", *late, cwd=tmp_path, stdin="Piped in.", **key)
+    assert piped.stderr.splitlines()[-1].endswith("  # with the same text on standard input")
+
+
+def test_a_terminal_shows_words_as_they_are_and_keeps_warnings(
+    tmp_path: Path, sandbox: Sandbox, key: dict[str, str]
+) -> None:
+    sandbox.on_status(None, [{"status": "warming [/gpu]"}])
+    terminal, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [str(Path(sys.executable).parent / "prefect-nanogpt"), "say", "Hello.", "--save-to", "here [/b]"],
+        cwd=tmp_path,
+        env={**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value(), "TERM": "xterm", "COLUMNS": "200", **key},
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    shown = b""
+    with suppress(OSError):  # how Linux says that the other end is closed
+        while piece := os.read(terminal, 65_536):
+            shown += piece
+    os.close(terminal)
+
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert printed.decode() == f"{tmp_path}/here [/b]/{sandbox.ledger.charges[0].run_id}.mp3\n"
+    warning = "The provider calls the job 'warming [/gpu]', which is not documented. Waiting on."
+    assert f"{warning}\r\n" in shown.decode()
+
+
+def test_what_prefect_refuses_is_said_without_a_traceback(
+    tmp_path: Path, sandbox: Sandbox, key: dict[str, str]
+) -> None:
+    (tmp_path / "long").write_text("A sentence of a long text. " * 23_000)
+    done = run("say", "--file", "long", cwd=tmp_path, **key)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Prefect cannot be used: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr) < 2_000
+    assert sandbox.requests("submit") == []
 
 
 def test_no_key_at_all_is_said_before_any_request(tmp_path: Path, sandbox: Sandbox) -> None:
@@ -377,6 +454,9 @@ def test_credentials_that_cannot_be_used_are_not_answered_by_the_sandbox(
         (["say", "Hello", "--take", "0"], "take"),
         (["say", "Hello", "--resubmit", "everything"], "resubmit"),
         (["say", "Hello", "--response-format", "pcm"], "response-format"),
+        (["say", "Hello", "--max-cost", "-1"], "max-cost"),
+        (["say", "Hello", "--name", ""], "name"),
+        (["say", "Hello", "--name", "n" * 101], "name"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -11,8 +11,10 @@ import json
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,10 +27,13 @@ import httpx
 from cyclopts import App, CycloptsError, Parameter, validators
 from prefect import serve
 from prefect.deployments.runner import RunnerDeployment
+from prefect.exceptions import ParameterTypeError, TerminationSignal
 from prefect.logging.configuration import setup_logging
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from pydantic import SecretStr, ValidationError
 from rich.console import Console
+from rich.status import Status
+from rich.text import Text
 
 import prefect_nanogpt.flows
 import prefect_nanogpt.tasks
@@ -45,9 +50,9 @@ from prefect_nanogpt.errors import (
 )
 from prefect_nanogpt.flows import collect_open_tickets, text_to_speech, text_to_speech_batch, wait_for_tts
 from prefect_nanogpt.flows.forms import LONGEST_TIMEOUT_SECONDS
-from prefect_nanogpt.job import Resubmit
+from prefect_nanogpt.job import RESUBMIT, Resubmit
+from prefect_nanogpt.lines import COMPLETED, read_lines
 from prefect_nanogpt.lines import FILE_NAME as MANIFEST
-from prefect_nanogpt.lines import read_lines
 from prefect_nanogpt.models import DEFAULT_MODEL, AudioFile, Ticket, TTSRequest
 from prefect_nanogpt.sandbox import Sandbox
 from prefect_nanogpt.sandbox import serve as serve_sandbox
@@ -62,6 +67,13 @@ NO_KEY: Final = "No NANOGPT_API_KEY: a local sandbox stands in for NanoGPT, with
 JOB_FAILED: Final = 1
 BAD_USAGE: Final = 2
 INTERRUPTED: Final = 130
+TERMINATED: Final = 143
+LONGEST_REASON: Final = 300
+GO_ON: Final = (
+    "Whatever was submitted is paid for, and is found again; what was not, or has failed by then, is submitted and "
+    "charged. To go on:"
+)
+WAIT_ON: Final = "The job goes on. To wait for it again, at no cost:"
 
 
 class UsageError(Exception):
@@ -99,7 +111,7 @@ class JobOptions:
     option: Annotated[tuple[str, ...], SEVERAL] = ()
     save_to: str = "audio"
     timeout_seconds: Seconds = 600.0
-    max_cost: Decimal | None = None
+    max_cost: Annotated[Decimal | None, Parameter(validator=validators.Number(gte=0))] = None
     take: PositiveInt = 1
     resubmit: Annotated[tuple[Resubmit, ...], SEVERAL] = ()
 
@@ -159,7 +171,7 @@ def _options(pairs: Sequence[str]) -> dict[str, Any]:
 def _text_of(text: str | None, file: Path | None) -> str:
     if (text is None) == (file is None):
         raise UsageError("Give a text, - for standard input, or --file, and only one of them.")
-    if text is not None and text.startswith("-") and text != "-":
+    if text is not None and text.startswith("-") and text != "-" and "--" not in sys.argv:
         raise UsageError(f"Unknown option: {text}.")
     try:
         if file is not None:
@@ -353,59 +365,88 @@ def _run_tracked(flow_run: Callable[[], Coroutine[Any, Any, str]], save_to: str)
     # A server that Prefect starts for the occasion is nobody's to watch: what it has to say is said through the API.
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         with _progress():
             location = asyncio.run(flow_run())
+    except ParameterTypeError as error:
+        raise UsageError(str(error).partition("\n - ")[2]) from None
     except NanoGPTError as error:
         console.print(str(error), style="red", markup=False)
         if how := _how_to_go_on(error, save_to):
             console.print(how, markup=False)
         return JOB_FAILED
-    except KeyboardInterrupt:
-        console.print("Stopped. What was submitted is paid for and goes on. To go on with it:", markup=False)
-        console.print(_this_command(save_to), markup=False)
-        return INTERRUPTED
+    except (KeyboardInterrupt, TerminationSignal) as stopped:
+        console.print(f"Stopped. {_to_go_on(save_to)}", markup=False)
+        return INTERRUPTED if isinstance(stopped, KeyboardInterrupt) else TERMINATED
+    except (httpx.HTTPError, RuntimeError) as error:
+        words = textwrap.shorten(str(error), LONGEST_REASON, placeholder="…")
+        console.print(f"Prefect cannot be used: {words}", style="red", markup=False)
+        console.print(_to_go_on(save_to), markup=False)
+        return JOB_FAILED
     print(location)
     return 0
 
 
+def _terminated(number: int, frame: object) -> None:
+    raise TerminationSignal(signal=number)
+
+
 def _this_command(save_to: str, *more: str) -> str:
-    """Give the command that was typed, with the folder that its record of what is paid for is in."""
-    words = sys.argv[1:]
-    if not any(word.partition("=")[0] == "--save-to" for word in words):
-        words = [*words, "--save-to", absolute(save_to)]
-    return shlex.join(["prefect-nanogpt", *words, *more])
+    """Give the command that was typed, for another working directory too, and with no leave to pay twice but `more`."""
+    typed = sys.argv[1:]
+    end = typed.index("--") if "--" in typed else len(typed)
+    words, kept = iter(typed[:end]), ["prefect-nanogpt"]
+    for word in words:
+        option, is_whole, _ = word.partition("=")
+        if option not in ("--save-to", "--resubmit"):
+            kept.append(word)
+        elif not is_whole:
+            next(words, None)
+    command = shlex.join([*kept, "--save-to", absolute(save_to), *more, *typed[end:]])
+    return f"{command}  # with the same text on standard input" if "-" in kept else command
 
 
 def _how_to_go_on(error: NanoGPTError, save_to: str) -> str | None:
     """Say how to go on after a failed run, as a whole command; None where another run would end in the same way."""
-    is_about_a_ticket = sys.argv[1:2] == ["wait"]
     again = _this_command(save_to)
     match error:
+        case BatchPartial():
+            done = (COMPLETED, ContentPolicyViolation.default_code)
+            details = [row.detail or "" for row in error.rows if row.outcome not in done]
+            how = [f"To do what is missing:\n{again}"] if details else []
+            if any(f"{RESUBMIT}uncertain" in detail for detail in details):
+                how.append(_to_resubmit("submit the uncertain lines too, and perhaps pay twice", "uncertain", save_to))
+            if any(f"{RESUBMIT}lost" in detail for detail in details):
+                how.append(_to_resubmit("submit the lost lines anew, and pay for them again", "lost", save_to))
+            return "\n".join(how) or None
         case SubmissionUncertain():
             return _to_resubmit("submit it anew, and perhaps pay twice", "uncertain", save_to)
-        case BatchPartial():
-            how = f"To do what is missing:\n{again}"
-            if any(row.outcome == SubmissionUncertain.default_code for row in error.rows):
-                how += "\n" + _to_resubmit(
-                    "submit the uncertain lines too, and perhaps pay twice", "uncertain", save_to
-                )
-            return how
         case ContentPolicyViolation():
             return None
         case TTSJobRejected():
-            return None if is_about_a_ticket else f"To submit the text anew, and pay for it again:\n{again}"
+            return None if _is_about_a_ticket() else f"To submit the text anew, and pay for it again:\n{again}"
+        case _ if _is_about_a_ticket() and (error.ticket is not None or error.retryable):
+            return _to_go_on(save_to)
         case _ if error.ticket is not None:
-            how = f"It is paid for. To go on with it, at no cost:\n{again}"
-            if error.http_status == httpx.codes.NOT_FOUND and not is_about_a_ticket:
-                how += "\n" + _to_resubmit("submit the text anew, and pay for it again", "lost", save_to)
-            return how
+            how_to = _to_go_on(save_to)
+            if error.http_status == httpx.codes.NOT_FOUND:
+                how_to += "\n" + _to_resubmit("submit the text anew, and pay for it again", "lost", save_to)
+            return how_to
         case AudioError() if not error.retryable and error.code != "AUDIO_NOT_JOINABLE":
             return _to_resubmit("submit the text anew, and pay for it again", "lost", save_to)
         case _ if error.retryable:
             return f"To try again:\n{again}"
         case _:
             return None
+
+
+def _to_go_on(save_to: str) -> str:
+    return f"{WAIT_ON if _is_about_a_ticket() else GO_ON}\n{_this_command(save_to)}"
+
+
+def _is_about_a_ticket() -> bool:
+    return sys.argv[1:2] == ["wait"]
 
 
 def _to_resubmit(what: str, which: str, save_to: str) -> str:
@@ -418,14 +459,13 @@ def _progress() -> Iterator[None]:
     setup_logging()
     prefect_logger = logging.getLogger("prefect")
     with ExitStack() as stack:
+        status = console.status("Starting Prefect…")
         if console.is_terminal:
-            status = stack.enter_context(console.status("Starting Prefect…"))
-            show: Callable[[str], None] = status.update
+            stack.enter_context(status)
         else:
-            show = lambda line: console.print(line, markup=False)  # noqa: E731
-            show("Starting Prefect…")
+            console.print("Starting Prefect…")
         # Left in place until the process ends: Prefect has more to log on its way out.
-        prefect_logger.handlers = [_OwnRecords(show)]
+        prefect_logger.handlers = [_OwnRecords(status)]
         prefect_logger.propagate = False
         for worker in ("EventsWorker", "APILogWorker"):  # on a busy machine they warn that they are still at work
             logging.getLogger(worker).setLevel(logging.CRITICAL)
@@ -440,10 +480,14 @@ class _OwnRecords(logging.Handler):
         for module in (prefect_nanogpt, prefect_nanogpt.flows, prefect_nanogpt.tasks)
     )
 
-    def __init__(self, show: Callable[[str], None]) -> None:
+    def __init__(self, status: Status) -> None:
         super().__init__()
-        self._show = show
+        self._status = status
 
     def emit(self, record: logging.LogRecord) -> None:
-        if str(Path(record.pathname).resolve()).startswith(self._folders):
-            self._show(record.getMessage())
+        if not str(Path(record.pathname).resolve()).startswith(self._folders):
+            return
+        if console.is_terminal and record.levelno < logging.WARNING:
+            self._status.update(Text(record.getMessage()))
+        else:
+            console.print(record.getMessage(), markup=False)

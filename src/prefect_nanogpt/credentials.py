@@ -150,11 +150,18 @@ _open_client: ContextVar[_Lent | None] = ContextVar("nanogpt_client", default=No
 
 
 async def provider_and_ledger(credentials: NanoGPTCredentials | None) -> tuple[str, str | None]:
-    """Give the base URL of the API that would be asked, and where its block wants the ledger, with a key or without."""
+    """Give the base URL of the API that would be asked, and where its block wants the ledger, with a key or without.
+
+    Raises:
+        CredentialsError: There are credentials that cannot be used, or cannot be read now: that is not "none".
+    """
     lent = _open_client.get()
     try:
         found = credentials or (lent.credentials if lent else await find_credentials())
-    except CredentialsError:  # what is there already needs no key
+    except CredentialsError as error:
+        if error.code != CredentialsError.default_code:
+            raise
+        # What is there already needs no key.
         return (os.environ.get("NANOGPT_BASE_URL") or DEFAULT_BASE_URL).rstrip("/"), None
     return found.base_url.rstrip("/"), found.ledger
 

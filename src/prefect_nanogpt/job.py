@@ -45,7 +45,19 @@ from prefect_nanogpt.models import (
 from prefect_nanogpt.polling import DeadlinePassed, Outcome, poll
 from prefect_nanogpt.storage import Destination, file_stem
 
-__all__ = ["Resubmit", "Said", "Steps", "Submitted", "Terms", "find", "save_whole", "say", "settle", "submit"]
+__all__ = [
+    "RESUBMIT",
+    "Resubmit",
+    "Said",
+    "Steps",
+    "Submitted",
+    "Terms",
+    "find",
+    "save_whole",
+    "say",
+    "settle",
+    "submit",
+]
 
 Resubmit: TypeAlias = Literal["uncertain", "lost", "refused"]
 LONGEST_PAUSE_SECONDS: Final = 2.0
@@ -123,7 +135,8 @@ def _find(job: Job, ledger: Ledger, entry: Entry, resubmit: Collection[str]) -> 
     if (saved := ledger.destination.find(file_stem(known.submission.run_id))) is None:
         return None
     audio = _of_ticket(saved, known.submission)
-    _note_saved(job, ledger, known.number, audio)
+    # A job that was never noted here was announced by whoever saved it.
+    _note_saved(job, ledger, known.number, audio, is_told=not entry.last)
     return Said(audio, is_new=False)
 
 
@@ -281,6 +294,8 @@ def _send(job: Job, number: int, ledger: Ledger, post: Callable[[], Submission],
         if isinstance(error, SubmissionUncertain):
             error.message += f" {WHAT_TO_LOOK_AT}"
         ledger.note_over(job.id, number, _how_it_ended(error), error)
+        if isinstance(error, ContentPolicyViolation):
+            announce("rejected", job.id, _model_of(job, None), None, code=error.code)
         raise
     else:
         ticket = submission if isinstance(submission, Ticket) else None
@@ -432,9 +447,11 @@ async def _until_completed(ticket: Ticket, terms: Terms, steps: Steps, poll_at_o
     return Outcome(status, outcome.polls, outcome.seconds)
 
 
-def _note_saved(job: Job, ledger: Ledger, number: int, audio: AudioFile, **details: Any) -> None:
+def _note_saved(
+    job: Job, ledger: Ledger, number: int, audio: AudioFile, *, is_told: bool = False, **details: Any
+) -> None:
     """Note that a job is saved, and announce it if nobody has."""
-    if ledger.note_saved(job.id, number, audio):
+    if ledger.note_saved(job.id, number, audio) and not is_told:
         details |= {"location": audio.location, "sha256": audio.sha256, "duration_seconds": audio.duration_seconds}
         announce("completed", job.id, _model_of(job, audio.ticket), audio.ticket, **details)
 
@@ -453,9 +470,9 @@ def _note_end(job: Job, terms: Terms, known: Submitted, error: NanoGPTError, is_
             over = "failed"
         case ProviderError(http_status=404) if ticket is not None:
             over = "lost"
-            error.message += (
-                f" The provider does not know this job, or no longer. To pay for the text anew, {RESUBMIT}lost."
-            )
+            error.message += " The provider does not know this job, or no longer."
+            if job.ticket is None:
+                error.message += f" To pay for the text anew, {RESUBMIT}lost."
         case AudioError() if ticket is None:
             # Bytes that came as the answer will not get better. A URL may, and nobody can be asked for another one.
             if isinstance(submission, AudioContent) or (not is_new and "lost" in terms.resubmit):

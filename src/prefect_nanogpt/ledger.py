@@ -391,6 +391,18 @@ class Ledger:
         note = self._about(job) | _ticket_in(ticket)
         self.folder.create(_name(job.id, 1, "answer"), _json(note))
 
+    def open_job_of(self, provider: str, ticket: Ticket) -> Job | None:
+        """Find the job of a text that is still open here and that this is the ticket of."""
+        for entry in self.entries().values():
+            if not entry.is_answered:
+                continue
+            answer = self.read_note(entry.job, entry.last, "answer")
+            if answer.get("ticket", {}).get("runId") == ticket.run_id:
+                note = answer | self.read_note(entry.job, entry.last, "sent")
+                if note.get("provider") == provider and not note.get("is_part"):
+                    return Job(provider, name=note.get("name"), ticket=ticket, noted_as=entry.job)
+        return None
+
     def note_plan(self, job: str, limit: int) -> None:
         """Note into how long parts a text is split."""
         self.folder.create(_name(job, 1, "plan"), _json({"limit": limit}))

@@ -38,8 +38,14 @@ __all__ = ["Artifact", "Report", "escaped", "quietly"]
 R = TypeVar("R")
 
 GO_ON: Final = (
-    "Press *Retry* on this run, or start another one with the same text and `save_to`: it finds what is paid for."
+    "Press *Retry* on this run, or start another one with the same parameters (*Copy to new run*): it finds what is "
+    "paid for."
 )
+RESUBMIT: Final = (
+    "start another run with the same parameters (*Copy to new run* or *Custom run*) and *Resubmit* set to "
+)
+OURS: Final = {"written-by": "prefect-nanogpt"}
+"""Tells our artifacts from those that the flows of others make in the same run."""
 EARLIER: Final = "\n---\n\nWhat an earlier attempt of this run had reported:"
 LONGEST_QUOTE: Final = 500
 """How much of the text or of the provider's words is shown, in characters."""
@@ -101,13 +107,15 @@ class Artifact:
                     limit=1,
                 ):
                     self._artifact = earlier.id
-                    self._earlier = str(earlier.data or "").partition(EARLIER)[0]
+                    self._earlier = str(earlier.data or "").rpartition(EARLIER)[2].lstrip("\n")
             if keep_earlier and self._earlier:
                 data = f"{data}{EARLIER}\n\n{self._earlier}"
             if self._artifact is not None:
                 await client.update_artifact(self._artifact, ArtifactUpdate(data=data, description=description))
                 return
-            artifact = ArtifactCreate(type=self._kind, key=self._key, description=description, data=data)
+            artifact = ArtifactCreate(
+                type=self._kind, key=self._key, description=description, data=data, metadata_=OURS
+            )
             artifact.flow_run_id = flow_run.id if flow_run else None
             self._artifact = (await client.create_artifact(artifact)).id
 
@@ -144,6 +152,7 @@ class Report:
                 artifact_filter=ArtifactFilter(type={"any_": ["markdown"]}),
                 flow_run_filter=FlowRunFilter(id={"any_": [UUID(flow_run_id)]}),
             )
+        found = [artifact for artifact in found if artifact.metadata_ == OURS]
         if len(found) != 1:
             return None
         key = found[0].key or "tts-audio"
@@ -216,9 +225,8 @@ class Report:
             ("Request id", escaped(error.request_id) if error.request_id else None),
             *self._job_facts(),
         ]
-        is_open = not isinstance(error, TTSJobRejected)
-        note = _money_at_stake(error, self.ticket) if self.paid is None else f"{self.paid} {GO_ON}"
-        await self._write(f"No speech: {error.code}", note, facts, is_open=is_open)
+        note = " ".join(filter(None, [self.paid, self._money_at_stake(error)]))
+        await self._write(f"No speech: {error.code}", note, facts, is_open=_is_open(error, self.ticket))
 
     async def interrupted(self) -> None:
         """Say, while the process is being stopped, that the job goes on without it."""
@@ -228,6 +236,45 @@ class Report:
             self._job_facts(),
             is_open=True,
         )
+
+    def _money_at_stake(self, error: NanoGPTError) -> str:
+        ticket = self.ticket
+        match error:
+            case SubmissionUncertain():
+                return (
+                    "It is not known whether the provider accepted this job. If it did, it was charged: compare your "
+                    f"balance. To submit it anew, and perhaps pay twice, {RESUBMIT}`uncertain`."
+                )
+            case NothingSent():
+                return "The request never left, so nothing was charged for it. Press *Retry*."
+            case _ if ticket is None and isinstance(error, ContentPolicyViolation):
+                return "The provider refused the text, and would refuse the same text again."
+            case AudioError() if ticket is None:
+                return (
+                    f"{'' if self.paid else 'It is paid for. '}What can be done about its audio is said in the reason."
+                )
+            case _ if ticket is None:
+                return "" if self.paid else "This attempt is not known to have been charged for anything."
+            case ContentPolicyViolation():
+                refund = (
+                    "The provider documents an automatic refund for this, requested by the status calls, which carried "
+                    "the ticket's cost; whether it was paid, only your balance tells."
+                    if ticket.cost is not None
+                    else "The ticket came without its cost, which the provider's automatic refund is said to go by."
+                )
+                return f"The provider refused the text, and would refuse the same text again. {refund}"
+            case TTSJobRejected():
+                return (
+                    "The provider gave up on the job. Whether it refunds such a failure is not documented; your "
+                    "balance tells. Submitting the text anew starts, and charges, a new job."
+                )
+            case _ if error.http_status == httpx.codes.NOT_FOUND:
+                return (
+                    "The job was paid for, and the provider does not know it, or no longer. Another run asks again, at "
+                    f"no cost.{f' To pay for the text anew, {RESUBMIT}`lost`.' if self._text else ''}"
+                )
+            case _:
+                return "The job is paid for, and as far as is known the provider still has it."
 
     def _job_facts(self, cost: Decimal | None = None, currency: str | None = None) -> list[tuple[str, str | None]]:
         text = ("Text", escaped(self._text) if self._text else None)
@@ -300,39 +347,7 @@ def _how_to_resume(ticket: Ticket, save_to: str) -> str:
     )
 
 
-def _money_at_stake(error: NanoGPTError, ticket: Ticket | None) -> str:
-    match error:
-        case SubmissionUncertain():
-            return (
-                "It is not known whether the provider accepted this job. If it did, it was charged: compare your "
-                "balance. To submit it anew, and perhaps pay twice, use *Custom run* from this run with *Resubmit* set "
-                "to `uncertain`."
-            )
-        case NothingSent():
-            return "The request never left, so nothing was charged for it. Press *Retry*."
-        case _ if ticket is None and isinstance(error, ContentPolicyViolation):
-            return "The provider refused the text, and would refuse the same text again."
-        case AudioError() if ticket is None:
-            return "The text is paid for. What can be done about its audio is said below, as the reason."
-        case _ if ticket is None:
-            return "No job of this run is known to be paid for."
-        case ContentPolicyViolation():
-            refund = (
-                "The provider documents an automatic refund for this, requested by the status calls, which carried the "
-                "ticket's cost; whether it was paid, only your balance tells."
-                if ticket.cost is not None
-                else "The ticket came without its cost, which the provider's automatic refund is said to go by."
-            )
-            return f"The provider refused the text, and would refuse the same text again. {refund}"
-        case TTSJobRejected():
-            return (
-                "The provider gave up on the job. Whether it refunds such a failure is not documented; your balance "
-                "tells. Submitting the text anew starts, and charges, a new job."
-            )
-        case _ if error.http_status == httpx.codes.NOT_FOUND:
-            return (
-                "The job was paid for, and the provider does not know it, or no longer. Another run asks once more, at "
-                "no cost. To pay for the text anew, use *Custom run* from this run with *Resubmit* set to `lost`."
-            )
-        case _:
-            return "The job is paid for, and as far as is known the provider still has it."
+def _is_open(error: NanoGPTError, ticket: Ticket | None) -> bool:
+    """Whether another run may get the audio of what is paid for."""
+    is_only_answer = isinstance(error, AudioError) and ticket is None and not error.retryable
+    return not (is_only_answer or isinstance(error, TTSJobRejected | SubmissionUncertain))

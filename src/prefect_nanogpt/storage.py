@@ -113,7 +113,7 @@ def absolute(save_to: str | os.PathLike[str]) -> str:
 
     A relative folder is relative to the working directory. Prefect's process worker gives the run of a deployment a
     temporary one and removes it afterwards, audio included; there it is relative to `NANOGPT_HOME` instead, by default
-    the folder `nanogpt` in Prefect's home.
+    `nanogpt`, which if relative is relative to Prefect's home.
 
     Example:
         >>> absolute("s3://bucket/speech")
@@ -124,7 +124,7 @@ def absolute(save_to: str | os.PathLike[str]) -> str:
         return save_to
     folder = Path(save_to).expanduser()
     if not folder.is_absolute() and _is_lost_with_the_run(Path.cwd()):
-        folder = Path(os.environ.get("NANOGPT_HOME") or PREFECT_HOME.value() / "nanogpt").expanduser() / folder
+        folder = PREFECT_HOME.value() / Path(os.environ.get("NANOGPT_HOME") or "nanogpt").expanduser() / folder
     return os.path.abspath(folder)
 
 

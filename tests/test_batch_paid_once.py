@@ -97,6 +97,16 @@ class TestAtOnce:
         assert sorted(audio_in(save_to)) == [line["id"] for line in lines_of(12)]
         assert in_the_air(save_to) == set()
 
+    async def test_lines_that_swap_texts_each_have_the_audio_of_their_own(
+        self, batch: dict[str, Any], save_to: str, sandbox: Sandbox
+    ) -> None:
+        lines = lines_of(60)
+        for _ in range(4):
+            assert_complete(await text_to_speech_batch(lines, **batch), save_to, sandbox)
+            texts = [line["text"] for line in lines]
+            lines = [{"id": line["id"], "text": texts[index ^ 1]} for index, line in enumerate(lines)]
+        assert len(sandbox.ledger.charges) == 60
+
 
 class TestEqualLines:
     async def test_they_are_one_job_and_several_files(

@@ -33,7 +33,7 @@ from prefect.settings import (
     temporary_settings,
 )
 from prefect.states import Scheduled, State
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from prefect_nanogpt import NanoGPTCredentials
 from prefect_nanogpt.client import NanoGPTClient
@@ -46,7 +46,7 @@ from prefect_nanogpt.errors import (
     SubmissionUncertain,
     TTSTimeout,
 )
-from prefect_nanogpt.flows import collect_open_tickets, text_to_speech, wait_for_tts
+from prefect_nanogpt.flows import collect_open_tickets, text_to_speech, text_to_speech_batch, wait_for_tts
 from prefect_nanogpt.ledger import FOLDER, Job
 from prefect_nanogpt.models import AudioFile, PollSchedule, TTSRequest
 from prefect_nanogpt.sandbox import Accept, Answer, Cut, Redirect, Sandbox
@@ -373,12 +373,14 @@ class TestRunsThatFailEarly:
         else:
             aside = Path(save_to).rename(f"{save_to}-aside")
             Path(save_to).write_text("in the way")
-        assert (await attempt(run)).name == {"key": "MISSING_CREDENTIALS", "folder": "STORAGE_FAILED"}[lacks]
+        for _ in range(2):
+            assert (await attempt(run)).name == {"key": "INVALID_CREDENTIALS", "folder": "STORAGE_FAILED"}[lacks]
 
         [charge] = sandbox.ledger.charges
         told = await report_of(run)
         assert f'"runId": "{charge.run_id}"' in told
         assert f"prefect-nanogpt wait {charge.run_id}" in told
+        assert "No job of this run" not in told
 
         monkeypatch.setenv("NANOGPT_API_KEY", API_KEY)
         if lacks == "folder":
@@ -387,6 +389,68 @@ class TestRunsThatFailEarly:
         rows = [row for row in await collect_open_tickets() if row.run_id == charge.run_id]
         assert [(row.outcome, row.detail) for row in rows] == [("saved", f"{save_to}/{charge.run_id}.mp3")]
         assert len(sandbox.ledger.charges) == 1
+
+    @pytest.mark.parametrize("failures", [1, 2, 3])
+    async def test_a_block_that_cannot_be_read_for_a_moment_is_not_taken_for_none(
+        self, failures: int, sandbox: Sandbox, save_to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        block = NanoGPTCredentials(
+            api_key=SecretStr(API_KEY), base_url=sandbox.base_url, ledger=str(tmp_path / "notes")
+        )
+        await block.save("default", overwrite=True)
+        lines = [{"id": "one", "text": "By the block."}]
+        try:
+            await text_to_speech_batch(lines, save_to=save_to)
+            Path(save_to, "manifest.jsonl").unlink()
+            load = NanoGPTCredentials.aload
+            left = failures
+
+            async def unreadable(name: str) -> Any:
+                nonlocal left
+                left -= 1
+                if left >= 0:
+                    raise httpx.ConnectError("not now")
+                return await load(name)
+
+            monkeypatch.setattr(NanoGPTCredentials, "aload", unreadable)
+            states = [
+                await text_to_speech_batch(lines, save_to=save_to, return_state=True) for _ in range(failures + 1)
+            ]
+        finally:
+            await NanoGPTCredentials.adelete("default")
+
+        assert states[0].name == "INVALID_CREDENTIALS"
+        assert states[-1].is_completed()
+        assert len(sandbox.ledger.charges) == 1
+
+
+class TestAdvice:
+    """What a report says is true, and can be done by whoever reads it."""
+
+    async def test_a_part_that_is_uncertain_or_refused_is_not_called_fetchable(
+        self, sandbox: Sandbox, say: dict[str, Any]
+    ) -> None:
+        for text, answers, words in (
+            ("The first part.\n\nIs it paid?", [Accept(), Accept(then=Cut())], "*Resubmit* set to `uncertain`"),
+            ("The first part.\n\n[sandbox:reject] No.", [], "would refuse the same text again"),
+        ):
+            sandbox.on_submit(answers)
+            state = await text_to_speech(text, **say, max_chars=24, return_state=True)
+            told = await report(state)
+            assert "of 2 parts are paid for" in told
+            assert words in told
+            assert "Press *Retry*" not in told
+            assert "not known to have been charged" not in told
+
+    async def test_a_wait_is_not_told_of_parameters_that_it_does_not_have(
+        self, sandbox: Sandbox, say: dict[str, Any]
+    ) -> None:
+        ticket = sandbox.add_job(text="Forgotten.")
+        sandbox.on_status(ticket["runId"], repeat(Answer(404)))
+        state = await wait_for_tts(ticket, **say, return_state=True)
+        for told in (await report(state), str(state.message)):
+            assert "resubmit" not in told.lower()
+            assert "the provider does not know" in told.lower()
 
 
 async def attempt(run: UUID) -> State[Any]:
@@ -773,6 +837,40 @@ class TestEvents:
         heard = await events_about("[sandbox:reject] Heard of once.", "Elevenlabs-Turbo-V2.5", say)
         assert heard == {"submitted": 1, "rejected": 1}
 
+    @pytest.mark.parametrize("model", ["Kokoro-82m", "tts-1"])
+    async def test_a_text_that_is_refused_at_once_is_heard_of_once(
+        self, model: str, sandbox: Sandbox, say: dict[str, Any]
+    ) -> None:
+        for _ in range(2):
+            with pytest.raises(ContentPolicyViolation):
+                await text_to_speech("[sandbox:reject] Not this.", model=model, **say)
+        assert await events_about("[sandbox:reject] Not this.", model, say) == {"rejected": 1}
+
+    @pytest.mark.parametrize("name", [None, "late"])
+    async def test_a_wait_for_the_ticket_of_a_text_settles_the_job_of_the_text(
+        self, name: str | None, sandbox: Sandbox, say: dict[str, Any]
+    ) -> None:
+        sandbox.on_status(None, [PENDING])
+        with pytest.raises(TTSTimeout) as caught:
+            await text_to_speech("Waited for.", name=name, **say, **SOON)
+        ticket = caught.value.ticket
+        assert ticket is not None
+
+        waited = await wait_for_tts(ticket, **say)
+        again = await text_to_speech("Waited for.", name=name, **say)
+        await collect_open_tickets(say["credentials"])
+
+        assert waited.location == again.location
+        assert files_in(say["save_to"]) == [Path(waited.location)]
+        heard = await events_of(ticket.run_id)
+        assert heard == {"submitted": 1, "timed-out": 1, "completed": 1}
+
+    async def test_a_wait_for_audio_that_is_saved_is_not_heard_of(self, sandbox: Sandbox, say: dict[str, Any]) -> None:
+        audio = await text_to_speech("Saved before.", **say)
+        assert audio.ticket is not None
+        assert (await wait_for_tts(audio.ticket, **say)).location == audio.location
+        assert await events_of(audio.ticket.run_id) == {"submitted": 1, "completed": 1}
+
     async def test_a_job_that_times_out_is_heard_of_at_each_deadline(
         self, sandbox: Sandbox, say: dict[str, Any]
     ) -> None:
@@ -795,10 +893,17 @@ class TestEvents:
 
 async def events_about(text: str, model: str, say: dict[str, Any]) -> dict[str, int]:
     """Count the events about a job, by what they say, once all that this process has sent have arrived."""
+    return await events_where("job", Job(say["credentials"].base_url, TTSRequest(text=text, model=model)).id)
 
+
+async def events_of(run_id: str) -> dict[str, int]:
+    """Count the events about a job by its run id, by what they say."""
+    return await events_where("run_id", run_id)
+
+
+async def events_where(field: str, value: str) -> dict[str, int]:
     last = f"nanogpt.tts.test-{uuid4()}"
     emit_event(last, resource={"prefect.resource.id": last})
-    job = Job(say["credentials"].base_url, TTSRequest(text=text, model=model)).id
 
     async def all_events() -> list[dict[str, Any]] | None:
         async with httpx.AsyncClient(base_url=PREFECT_API_URL.value()) as client:
@@ -807,4 +912,4 @@ async def events_about(text: str, model: str, say: dict[str, Any]) -> dict[str, 
         return found if any(event["event"] == last for event in found) else None
 
     found = await eventually(all_events)
-    return dict(Counter(event["event"].rpartition(".")[2] for event in found if event["payload"].get("job") == job))
+    return dict(Counter(event["event"].rpartition(".")[2] for event in found if event["payload"].get(field) == value))

@@ -19,6 +19,7 @@ from prefect_nanogpt.errors import AudioError, StorageError
 from prefect_nanogpt.models import AudioFile
 from prefect_nanogpt.sandbox import Sandbox
 from prefect_nanogpt.storage import Destination, container_of, file_stem
+from tests.conftest import files_in
 
 MP3 = b"ID3\x04\x00\x00\x00\x00\x00\x00" + bytes(2000)
 
@@ -458,3 +459,36 @@ def test_run_ids_that_differ_have_names_that_differ() -> None:
 )
 def test_a_plain_run_id_is_its_own_name(run_id: str) -> None:
     assert file_stem(run_id) == run_id
+
+
+# Other audio under the same name
+
+
+async def test_audio_that_another_run_saves_meanwhile_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    list_audio = Destination._audio_called
+    others = [MP3 + b"another run's"]
+
+    def saved_right_after(self: Destination, stem: str) -> dict[str, int]:
+        there = list_audio(self, stem)
+        if others:
+            (folder / "speech.mp3").write_bytes(others.pop())
+        return there
+
+    monkeypatch.setattr(Destination, "_audio_called", saved_right_after)
+    audio = await Destination(str(folder)).save(chunks_of(MP3), "speech")
+
+    assert Path(audio.location).read_bytes() == MP3
+    digest = hashlib.sha256(MP3 + b"another run's").hexdigest()
+    assert {file.name for file in files_in(folder)} == {"speech.mp3", f"speech.{digest[:8]}.mp3"}
+
+
+@pytest.mark.parametrize("meanwhile", [MP3 + b"other audio", None])
+async def test_a_copy_is_of_the_audio_that_was_asked_for_or_none(meanwhile: bytes | None, folder: Path) -> None:
+    place = Destination(str(folder))
+    audio = await place.save(chunks_of(MP3), "speech")
+    if meanwhile is None:
+        (folder / "speech.mp3").unlink()
+    else:
+        (folder / "speech.mp3").write_bytes(meanwhile)
+    assert await place.run(place.copy_from, place, "speech.mp3", "copy", audio) is None
+    assert not (folder / "copy.mp3").exists()

@@ -124,8 +124,9 @@ async def find(job: Job, terms: Terms, entry: Entry) -> Said | None:
 
 
 def _find(job: Job, ledger: Ledger, entry: Entry, resubmit: Collection[str]) -> Said | None:
-    if found := ledger.audio(entry):
-        return _under_its_name(job, ledger, found)
+    while found := ledger.audio(entry):
+        if said := _under_its_name(job, ledger, found):
+            return said
     if job.name is not None or job.is_part or entry.saved:
         return None
     known = _paid_for(job, ledger, entry, resubmit)
@@ -140,13 +141,15 @@ def _find(job: Job, ledger: Ledger, entry: Entry, resubmit: Collection[str]) -> 
     return Said(audio, is_new=False)
 
 
-def _under_its_name(job: Job, ledger: Ledger, found: Found) -> Said:
-    """Give audio that was found, as a copy where it is wanted under another name."""
+def _under_its_name(job: Job, ledger: Ledger, found: Found) -> Said | None:
+    """Give audio that was found, as a copy where it is wanted under another name; None where it has moved meanwhile."""
     audio, here = found.audio, ledger.destination
     stem = _stem(job, audio.ticket)
     is_in_place = found.place is here and (job.name is None or found.file_name == f"{stem}.{audio.container}")
     if not job.is_part and not is_in_place:
-        location = here.copy_from(found.place, found.file_name, stem, audio.container)
+        location = here.copy_from(found.place, found.file_name, stem, audio)
+        if location is None:
+            return None
         audio = audio.model_copy(update={"location": location})
         ledger.note_saved(job.id, found.number, audio, found.paid_by)
     return Said(audio, False, found.paid_by, found.paid_at)

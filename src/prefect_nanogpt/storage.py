@@ -369,23 +369,28 @@ class Destination:
             else:
                 self.fs.rm_file(f"{self.root}/{name}")
 
-    def copy_from(self, place: Destination, name: str, stem: str, container: str) -> str:
-        """Copy a file from a folder to this one, and give its location; other audio of the name is kept beside."""
+    def copy_from(self, place: Destination, name: str, stem: str, audio: AudioFile) -> str | None:
+        """Copy a file from a folder to this one, and give its location; other audio of the name is kept beside.
+
+        None where the file is gone, or has other bytes by now.
+        """
         folder = Path(self.root) if self.is_local else Path(tempfile.gettempdir())
         digest = hashlib.sha256()
-        with (
-            place._turn(),
-            place.fs.open(f"{place.root}/{name}", "rb") as source,
-            _temporary_file(folder, stem) as (file, part),
-        ):
-            while block := source.read(_BLOCK_BYTES):
-                digest.update(block)
-                file.write(block)
+        with _temporary_file(folder, stem) as (file, part):
+            try:
+                with place._turn(), place.fs.open(f"{place.root}/{name}", "rb") as source:
+                    while block := source.read(_BLOCK_BYTES):
+                        digest.update(block)
+                        file.write(block)
+            except FileNotFoundError:
+                return None
+            if digest.hexdigest() != audio.sha256:
+                return None
             file.flush()
             os.fsync(file.fileno())
             if fcntl is None:
                 file.close()
-            return self._publish(part, stem, container, digest.hexdigest())
+            return self._publish(part, stem, audio.container, audio.sha256)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file, whole or not at all."""
@@ -449,15 +454,31 @@ class Destination:
         return digest.hexdigest()
 
     def _publish(self, part: Path, stem: str, container: str, sha256: str) -> str:
-        for name in self._audio_called(stem):
-            self._keep_beside(name, sha256)
-        return self._move(part, f"{stem}.{container}")
+        path = f"{self.root}/{stem}.{container}"
+        while True:
+            is_there = [self._keep_beside(name, sha256) for name in self._audio_called(stem)]
+            if not self.is_local or any(is_there):
+                return self._move(part, f"{stem}.{container}")
+            try:
+                os.link(part, path)  # unlike a move, never over audio that another run has saved in between
+            except FileExistsError:
+                continue
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                return self._move(part, f"{stem}.{container}")
+            _sync_folder(Path(self.root))
+            return path
 
-    def _keep_beside(self, name: str, sha256: str) -> None:
-        """Give audio that has been paid for a name of its own before other audio takes its place."""
-        with suppress(FileNotFoundError):  # somebody else has done it
-            if (old := self._digest(f"{self.root}/{name}")) != sha256:
-                self.fs.mv(f"{self.root}/{name}", f"{self.root}/{kept_name(name, old)}")
+    def _keep_beside(self, name: str, sha256: str) -> bool:
+        """Give audio a name of its own before other audio takes its place; whether it is the very same audio."""
+        try:
+            if (old := self._digest(f"{self.root}/{name}")) == sha256:
+                return True
+            self.fs.mv(f"{self.root}/{name}", f"{self.root}/{kept_name(name, old)}")
+        except FileNotFoundError:
+            pass  # somebody else has done it
+        return False
 
     def _move(self, part: Path, name: str) -> str:
         path = f"{self.root}/{name}"

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 
 from prefect_nanogpt.client import NanoGPTClient
 from prefect_nanogpt.credentials import nanogpt_client
-from prefect_nanogpt.errors import NanoGPTError
+from prefect_nanogpt.errors import NanoGPTError, StorageError
 from prefect_nanogpt.events import run_logger
 from prefect_nanogpt.flows.ending import PLAIN_JSON, failed, keep_result, may_go_better, reporting_interruption
 from prefect_nanogpt.flows.forms import (
@@ -158,15 +158,25 @@ async def _longest_part(
     """Tell how long the parts of a text may be; None for a text that is to be said whole.
 
     A text that was submitted whole stays whole, and one that was split is split at the same places again, also where
-    the catalogue cannot be read any more: its parts are paid for.
+    the catalogue cannot be read any more: what is paid for is found only so.
+
+    Raises:
+        StorageError: Nobody knows where the text was split.
     """
     assert job.request is not None
-    if entry.is_open:
-        return None
+    plan = await terms.ledger.run(terms.ledger.read_note, job.id, 1, "plan")
+    match plan.get("limit"):
+        case int() as limit if max_chars is None or entry.saved:
+            return limit
+        case None if "plan" in entry.states.get(1, ()) and max_chars is None:
+            raise StorageError(
+                f"The note of how this text was split ({job.id}.1.plan.json in {terms.ledger.place}) is damaged, so "
+                "its parts, which may be paid for, cannot be found. Give the length of the parts as `max_chars`."
+            )
+        case None if entry.is_paid or entry.over in ("uncertain", "refused", "lost"):
+            return None
     if max_chars is not None:
         return max_chars
-    if plan := await terms.ledger.run(terms.ledger.read_note, job.id, 1, "plan"):
-        return int(plan["limit"])
     if len(job.request.text) <= EVERY_MODEL_TAKES:
         return None
     try:

@@ -86,8 +86,12 @@ async def say_in_parts(
         )
     steps = PlainSteps(terms, client, budget)
     numbers = {part.id: number for number, part in reversed(list(enumerate(parts, 1)))}
-    await asyncio.gather(*(say_part(numbers[part.id], part) for part in unique.values()))
+    # One that breaks off must not end the client while others have submissions in the air.
+    ends = await asyncio.gather(*(say_part(numbers[part.id], part) for part in unique.values()), return_exceptions=True)
     await tell()
+    for end in ends:
+        if isinstance(end, BaseException):
+            raise end
     if failures:
         raise failures[0]
     audio = await _join([done[part.id] for part in parts], job, terms)
@@ -125,8 +129,7 @@ def _local(folder: Destination, part: AudioFile, temporary: str) -> Path:
 def _what_is_paid(ledger: Ledger, parts: Collection[str]) -> str:
     """Say how many parts are paid for, and what that was, as far as the ledger knows."""
     entries = ledger.entries()
-    known = [entries[part] for part in parts if part in entries]
+    known = [entries[part] for part in parts if part in entries and entries[part].is_paid]
     costs = ledger.costs(*known)
     amounts = ", ".join(f"{cost.normalize():f} {currency or ''}".strip() for currency, cost in costs.items())
-    paid = sum(entry.is_paid for entry in known)
-    return f"{paid} of {len(parts)} parts are paid for{f' ({amounts})' if amounts else ''}."
+    return f"{len(known)} of {len(parts)} parts are paid for{f' ({amounts})' if amounts else ''}."

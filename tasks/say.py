@@ -157,7 +157,7 @@ class TaskSteps:
             max_cost=self._max_cost,
             name=job.name,
         )
-        return Submitted(submission, (await self._terms.ledger.run(self._terms.ledger.entry, job.id)).last)
+        return Submitted(submission, await self._terms.ledger.run(self._terms.ledger.try_of, job.id, submission))
 
     async def waits(self, ticket: Ticket) -> None:
         """Show the ticket, before anything can happen to this process."""

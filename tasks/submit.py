@@ -84,14 +84,13 @@ async def submit_tts(
     """
     ledger, provider = await open_ledger(save_to, credentials)
     async with nanogpt_client(credentials) as client:
-        job = Job(provider, TTSRequest.model_validate(request), take, name)
+        job = Job(provider, TTSRequest.model_validate(request), int(take), name)
         assert job.request is not None
         entry = await ledger.run(ledger.entry, job.id)
         budget = None
-        if max_cost is not None and not entry.is_paid:
+        if max_cost is not None and not entry.is_answered:
             budget = Budget(Decimal(max_cost), usd_in(await ledger.run(ledger.costs, entry)))
             await budget.read_prices([job.request.model], client)
-            budget.refuse_unless_affordable([job.request])
         submitted = await submit(
             job,
             ledger,

@@ -69,7 +69,8 @@ def say(credentials: NanoGPTCredentials, save_to: str, quick: PollSchedule) -> d
 
 def notes(save_to: str, state: str = "") -> list[Path]:
     """List the notes in the ledger whose state begins so."""
-    return [file for file in files_in(Path(save_to, FOLDER)) if file.name.split(".")[2].startswith(state)]
+    found = [file for file in files_in(Path(save_to, FOLDER)) if file.suffix == ".json"]
+    return [file for file in found if file.name.split(".")[2].startswith(state)]
 
 
 def texts_of(sandbox: Sandbox) -> dict[str | None, str]:
@@ -432,7 +433,7 @@ class TestAdvice:
     ) -> None:
         for text, answers, words in (
             ("The first part.\n\nIs it paid?", [Accept(), Accept(then=Cut())], "*Resubmit* set to `uncertain`"),
-            ("The first part.\n\n[sandbox:reject] No.", [], "would refuse the same text again"),
+            ("Another first part.\n\n[sandbox:reject] No.", [], "would refuse the same text again"),
         ):
             sandbox.on_submit(answers)
             state = await text_to_speech(text, **say, max_chars=24, return_state=True)

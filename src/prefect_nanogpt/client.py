@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from datetime import UTC, datetime
 from decimal import Decimal
 from email.utils import parsedate_to_datetime
@@ -57,11 +57,13 @@ DEFAULT_BASE_URL: Final = "https://nano-gpt.com/api"
 
 STATUS_TIMEOUT: Final = httpx.Timeout(30.0, connect=10.0, pool=None)
 # Models that answer with the audio itself take as long as the speech takes to make.
-SUBMIT_TIMEOUT: Final = httpx.Timeout(180.0, connect=10.0, pool=None)
+SUBMIT_TIMEOUT: Final = httpx.Timeout(180.0, connect=10.0, write=30.0, pool=None)
+LONGEST_ANSWER_SECONDS: Final = 240.0
 REQUESTS_AT_ONCE: Final = 16
 """httpx's pool slows down with the square of the requests that wait in it, so they wait in front of it."""
 DOWNLOADS_AT_ONCE: Final = 8
 MAX_REDIRECTS: Final = 5
+ODD_ANSWER_SHOWN: Final = 300
 
 _RETRYABLE_STATUSES: Final = frozenset({404, 408, 429})
 # A redirect with one of these says that the resource is elsewhere, so nothing was done about the request here.
@@ -122,6 +124,9 @@ class NanoGPTClient:
             verify=ssl_context,
         )
         self._audio.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        self._posting = threading.Lock()
+        self._posts = 0
+        self._is_closed = False
         self.requests_per_second: float | None = None
         self._next_turn = 0.0
         self._api_gate = asyncio.Semaphore(REQUESTS_AT_ONCE)
@@ -141,8 +146,11 @@ class NanoGPTClient:
     async def aclose(self) -> None:
         """Close all connections."""
         await self._api.aclose()
-        self._submissions.close()
         await self._audio.aclose()
+        with self._posting:
+            self._is_closed = True
+            if not self._posts:
+                self._submissions.close()
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
@@ -184,8 +192,10 @@ class NanoGPTClient:
             NothingSent: No byte of the request left.
             ProviderError: Nothing was accepted. `retryable` only on a throughput 429.
         """
+        with self._posting:
+            self._posts += 1
         try:
-            response = self._submissions.send(built)
+            response = self._send(built)
         except _NOTHING_SENT as error:
             raise NothingSent(
                 f"{self.base_url} could not be reached ({_words(error)}).", code=UNREACHABLE, retryable=True
@@ -194,6 +204,11 @@ class NanoGPTClient:
             raise SubmissionUncertain(
                 f"The connection to {self.base_url} broke after the request had left ({_words(error)})."
             ) from None
+        finally:
+            with self._posting:
+                self._posts -= 1
+                if self._is_closed and not self._posts:  # closed while its last answer was waited for
+                    self._submissions.close()
         if 400 <= response.status_code < 500 and response.status_code != 408:
             refusal = self._answered(response)
             refusal.retryable = refusal.retryable and response.status_code == 429
@@ -219,12 +234,23 @@ class NanoGPTClient:
         except ValueError as error:
             # Whatever else such an answer says, it does not say that nothing was charged.
             _, message = error_in(body)
-            words = f" It says: {message}" if message else ""
+            words = f" It says: {message}" if message else f" It begins with {response.text[:ODD_ANSWER_SHOWN]!r}."
             raise SubmissionUncertain(
                 f"The provider answered HTTP {response.status_code}, but {_first_line(error)}.{words}",
                 http_status=response.status_code,
                 request_id=_request_id(response),
             ) from None
+
+    def _send(self, built: httpx.Request) -> httpx.Response:
+        begun = time.monotonic()
+        with closing(self._submissions.send(built, stream=True)) as response:
+            content = bytearray()
+            for piece in response.iter_bytes():
+                content += piece
+                if time.monotonic() - begun > LONGEST_ANSWER_SECONDS:
+                    raise httpx.ReadTimeout(f"the answer was not whole after {LONGEST_ANSWER_SECONDS:.0f} s")
+        headers = [(name, value) for name, value in response.headers.raw if name.lower() != b"content-encoding"]
+        return httpx.Response(response.status_code, headers=headers, content=bytes(content), request=built)
 
     async def submit(self, request: TTSRequest) -> Submission:
         """Submit a job, once, without a record of it. `submit_tts` keeps one.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -62,6 +63,8 @@ __all__ = [
 Resubmit: TypeAlias = Literal["uncertain", "lost", "refused"]
 LONGEST_PAUSE_SECONDS: Final = 2.0
 """Between two readings of the ledger, while another process waits for the answer to a submission."""
+UNKNOWN_END: Final = "This text was sent to the provider, and how that ended is not known."
+SLOW_NOTE_SECONDS: Final = 1.0
 RESUBMIT: Final = "set `resubmit` (in the form Resubmit, in a shell --resubmit) to "
 WHAT_TO_LOOK_AT: Final = (
     "If the provider accepted it, it was charged: compare your balance or your usage page. There is no way to ask for "
@@ -245,6 +248,8 @@ async def submit(
     request = job.request
     built = client.build(request)
     for attempt in itertools.count():
+        if attempt:
+            await asyncio.sleep(min(LONGEST_PAUSE_SECONDS, 0.25 * 1.5**attempt))
         entry = entry if entry is not None else await ledger.run(ledger.entry, job.id)
         if (entry.is_answered or entry.is_saved) and (
             known := await ledger.run(_paid_for, job, ledger, entry, resubmit)
@@ -253,7 +258,6 @@ async def submit(
         if entry.is_in_the_air and await ledger.run(ledger.may_still_be_answered, entry):
             if attempt == 0:
                 run_logger().info("Another run is submitting the same text. Waiting for its ticket.")
-            await asyncio.sleep(min(LONGEST_PAUSE_SECONDS, 0.25 * 1.5**attempt))
             entry = None
             continue
         number = await ledger.run(_next_try, ledger, entry, resubmit)
@@ -294,19 +298,26 @@ def _send(job: Job, number: int, ledger: Ledger, post: Callable[[], Submission],
         submission = post()
     except NanoGPTError as error:
         never_sent = isinstance(error, NothingSent)
+        ledger.note_over(job.id, number, _how_it_ended(error), error)
         if isinstance(error, SubmissionUncertain):
             error.message += f" {WHAT_TO_LOOK_AT}"
-        ledger.note_over(job.id, number, _how_it_ended(error), error)
         if isinstance(error, ContentPolicyViolation):
             announce("rejected", job.id, _model_of(job, None), None, code=error.code)
         raise
     else:
         ticket = submission if isinstance(submission, Ticket) else None
+        told = f"Accepted and charged. Ticket: {ticket.to_json()}" if ticket else "Accepted, with the audio."
+        logger = run_logger()
+        # Said before a storage can hang; of a thousand tickets only those that it takes long to note.
+        slow = threading.Timer(SLOW_NOTE_SECONDS, logger.info, [told])
+        if log_ticket and ticket:
+            logger.info(told)
+        else:
+            slow.start()
         failure = ledger.note_answer(claim, submission)
-        if ticket is not None and (log_ticket or failure is not None):
-            run_logger().info("Accepted and charged. Ticket: %s", ticket.to_json())
+        slow.cancel()
         if failure is not None:
-            run_logger().error("The answer could not be noted, and will be tried again: %s", failure)
+            logger.error("The answer cannot be noted, and will be tried again: %s %s", failure, told)
         announce("submitted", job.id, _model_of(job, ticket), ticket)
         return submission
     finally:
@@ -345,12 +356,12 @@ def _next_try(ledger: Ledger, entry: Entry, resubmit: Collection[str]) -> int | 
         over = "lost"
     elif entry.is_answered:  # and its note is damaged
         over = "uncertain"
-    if over not in (None, "unsent", "unaccepted", "failed") and over not in resubmit:
+    if over not in (None, "unsent", "failed") and over not in resubmit:
         raise _recorded(ledger, entry, over)
     if over is not None and entry.is_in_the_air:
         gone = SubmissionUncertain("The process that sent it ended before the answer was noted.")
         ledger.note_over(entry.job, entry.last, over, gone)
-    return entry.last + 1
+    return entry.next
 
 
 def _recorded(ledger: Ledger, entry: Entry, over: Over) -> NanoGPTError:
@@ -363,13 +374,12 @@ def _recorded(ledger: Ledger, entry: Entry, over: Over) -> NanoGPTError:
     if entry.over is None:
         sent = ledger.read_note(entry.job, entry.last, "sent").get("at", "an unknown time")
         return SubmissionUncertain(
-            f"This text was sent to the provider at {sent}, and the run ended before the answer was kept. "
-            + WHAT_TO_LOOK_AT
+            f"This text was sent to the provider at {sent}, and no answer was noted. {WHAT_TO_LOOK_AT}"
         )
     note = ledger.read_note(entry.job, entry.last, f"over-{over}")
     code, message, at = note.get("code"), note.get("message", ""), note.get("at", "an unknown time")
     if over == "uncertain":
-        return SubmissionUncertain(message, code=code)
+        return SubmissionUncertain(f"{message or UNKNOWN_END} {WHAT_TO_LOOK_AT}", code=code)
     ticket = Ticket.model_validate(note["ticket"]) if note.get("ticket") else None
     kind = ContentPolicyViolation if over == "refused" else ProviderError if ticket else AudioError
     return kind(
@@ -428,9 +438,14 @@ async def _fetch(job: Job, terms: Terms, steps: Steps, known: Submitted, *, poll
 
 
 async def _until_completed(ticket: Ticket, terms: Terms, steps: Steps, poll_at_once: bool) -> Outcome[Completed]:
+    async def look(seconds_left: float) -> TTSStatus:
+        if terms.ledger.is_behind:
+            await terms.ledger.run(terms.ledger.flush)
+        return await steps.poll(ticket, seconds_left)
+
     try:
         outcome = await poll(
-            lambda seconds_left: steps.poll(ticket, seconds_left),
+            look,
             is_final=lambda status: not isinstance(status, Pending),
             schedule=terms.schedule,
             timeout_seconds=terms.timeout_seconds,
@@ -454,6 +469,7 @@ def _note_saved(
     job: Job, ledger: Ledger, number: int, audio: AudioFile, *, is_told: bool = False, **details: Any
 ) -> None:
     """Note that a job is saved, and announce it if nobody has."""
+    ledger.flush()
     if ledger.note_saved(job.id, number, audio) and not is_told:
         details |= {"location": audio.location, "sha256": audio.sha256, "duration_seconds": audio.duration_seconds}
         announce("completed", job.id, _model_of(job, audio.ticket), audio.ticket, **details)
@@ -464,13 +480,16 @@ def _note_end(job: Job, terms: Terms, known: Submitted, error: NanoGPTError, is_
     submission, number = known
     ticket = submission if isinstance(submission, Ticket) else None
     over: Over | None = None
+    terms.ledger.flush()
     match error:
         case TTSTimeout():
             announce("timed-out", job.id, _model_of(job, ticket), ticket, code=error.code)
         case ContentPolicyViolation():
             over = "refused"
         case TTSJobRejected():
-            over = "failed"
+            # What was saved once, and is gone, is not submitted anew unasked.
+            saved = terms.ledger.entry(job.id).saved
+            over = "lost" if any(number == saved_number for saved_number, _ in saved) else "failed"
         case ProviderError(http_status=404) if ticket is not None:
             over = "lost"
             error.message += " The provider does not know this job, or no longer."

@@ -8,7 +8,7 @@ as shared as the audio itself. Prefect's results and caches play no part. A note
 where the job is a digest of what is asked for, and the state is one of
 
 - `sent`: written the moment before the request leaves, by whoever creates the file and nobody else, and never removed;
-- `answer`: the ticket, or the audio of a model that answers at once;
+- `answer`: the ticket, or the audio (its URL or its bytes) of a model that answers at once;
 - `saved-<digest>`: a file with the audio, one note for each;
 - `over-<why>`: the try came to nothing. `unsent` and `unaccepted` cost nothing as far as is known; `failed`, `refused`
   and `lost` were charged; of `uncertain` nobody knows.
@@ -29,6 +29,7 @@ import re
 import secrets
 import socket
 import time
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -50,8 +51,9 @@ __all__ = ["Entry", "Found", "Job", "Ledger", "Over"]
 P = ParamSpec("P")
 R = TypeVar("R")
 FOLDER: Final = ".nanogpt"
-SILENCE_SECONDS: Final = 250.0
-"""A submission may take 180 s and its connection 10 s; the rest is for clocks that differ."""
+SILENCE_SECONDS: Final = 600.0
+"""A submission may take seven minutes (see `NanoGPTClient.post`); the rest is for clocks that differ."""
+CLOCKS_DIFFER_SECONDS: Final = 60.0
 NOTE_ATTEMPTS: Final = 5
 TORN_SECONDS: Final = 1.0
 _NOTE: Final = re.compile(r"([0-9a-f]{32})\.(\d+)\.(sent|answer|plan|saved-[0-9a-f]{8}|over-[a-z]+)\.json")
@@ -91,7 +93,9 @@ class Job:
             return self.noted_as
         what: Any = {"ticket": self.ticket.run_id if self.ticket else None}
         if self.request is not None:
-            what = {"request": json.loads(self.request.content()), "take": self.take}
+            # A number is the same however it is written: in a form, in CSV, or in Python.
+            request = json.loads(self.request.content(), parse_float=lambda word: _whole(float(word)))
+            what = {"request": request, "take": self.take}
         identity = json.dumps({"provider": self.provider.rstrip("/"), **what}, sort_keys=True)
         return hashlib.sha256(identity.encode()).hexdigest()[:32]
 
@@ -105,14 +109,24 @@ class Entry:
 
     @property
     def last(self) -> int:
-        """The number of the latest try, 0 where there is none."""
-        return max((number for number, states in self.states.items() if states - {"plan"}), default=0)
+        """The number of the latest try that counts, 0 where none does: one that was not accepted changes nothing."""
+        nothing = {"over-unsent", "over-unaccepted"}
+        tries = (number for number, states in self.states.items() if states - {"plan"})
+        return max((number for number in tries if not self.states[number] & nothing), default=0)
+
+    @property
+    def next(self) -> int:
+        """The number of the next try."""
+        return max((number for number, states in self.states.items() if states - {"plan"}), default=0) + 1
 
     @property
     def over(self) -> Over | None:
-        """How the latest try came to nothing, if it did; of several ends the gravest."""
-        ends: tuple[Over, ...] = ("refused", "failed", "lost", "uncertain", "unaccepted", "unsent")
-        return next((over for over in ends if f"over-{over}" in self._latest), None)
+        """How the latest try came to nothing, if it did: its gravest end; an end unknown here counts as uncertain."""
+        ends = {state for state in self._latest if state[:5] == "over-"}
+        if ends == {"over-uncertain"} and any(state == "answer" or state[:6] == "saved-" for state in self._latest):
+            return None  # the answer came after all
+        known: tuple[Over, ...] = ("refused", "failed", "lost")
+        return next((over for over in known if f"over-{over}" in ends), "uncertain" if ends else None)
 
     @property
     def saved(self) -> list[tuple[int, str]]:
@@ -247,26 +261,35 @@ class Ledger:
     def _read(self, name: str) -> bytes | None:
         return self._remembered.get(name) or self.folder.read(name)
 
-    def submission(self, entry: Entry) -> Submission | None:
-        """Read what the provider answered to the latest try; an end has the ticket too. None where that is torn."""
-        for state in sorted(entry.states.get(entry.last, ())):
-            with suppress(ValidationError):
-                match self.read_note(entry.job, entry.last, state):
+    def submission(self, entry: Entry, number: int | None = None) -> Submission | None:
+        """Read what the provider answered to a try, by default the latest; an end has the ticket too.
+
+        None where that is torn.
+        """
+        number = entry.last if number is None else number
+        for state in sorted(entry.states.get(number, ())):
+            with suppress(ValidationError, ValueError):
+                match self.read_note(entry.job, number, state):
                     case {"ticket": dict() as ticket}:
                         return Ticket.model_validate(ticket)
                     case {"completed": dict() as completed}:
                         return Completed.model_validate(completed)
-                    case {"bytes": str() as name, "content_type": content_type}:
-                        if (content := self._read(name)) is not None:
-                            return AudioContent(content=content, content_type=content_type)
-                    case {"audio": dict() as audio, "name": str() as name}:
-                        place, name = self._locate(name)
+                    case {"base64": str() as encoded, "content_type": content_type}:
+                        return AudioContent(content=b64decode(encoded, validate=True), content_type=content_type)
+                    case {"audio": dict() as audio, "name": str() as name} as note:
+                        place, name = self._locate(name, note)
                         content = place.read(name)
                         if content is not None and hashlib.sha256(content).hexdigest() == audio.get("sha256"):
                             return AudioContent(content=content, content_type=audio.get("content_type"))
                         if url := audio.get("source_url"):
                             return Completed(audio_url=url, cost=audio.get("cost"), currency=audio.get("currency"))
         return None
+
+    def try_of(self, job: str, submission: Submission) -> int:
+        """Find the number of the try that the provider gave this answer to."""
+        entry = self.entry(job)
+        numbers = sorted(entry.states, reverse=True)
+        return next((number for number in numbers if self.submission(entry, number) == submission), entry.last)
 
     def audio(self, entry: Entry) -> Found | None:
         """Find intact audio of a job."""
@@ -277,18 +300,19 @@ class Ledger:
                 paid_by = RunReference.model_validate(note.get("run") or {})
             except ValidationError:
                 continue
-            place, name = self._locate(str(note.get("name")))
+            place, name = self._locate(str(note.get("name")), note)
             for candidate in (name, kept_name(name, audio.sha256)):
                 if place.has(candidate, audio.size_bytes, audio.sha256):
                     audio = audio.model_copy(update={"location": place.location_of(candidate)})
                     return Found(audio, place, candidate, number, paid_by, str(note.get("at", "")))
         return None
 
-    def _locate(self, name: str) -> tuple[Destination, str]:
+    def _locate(self, name: str, note: Mapping[str, Any]) -> tuple[Destination, str]:
         """Tell the folder of a file that a note names: that of a part is the ledger's own."""
         if name.startswith(f"{FOLDER}/"):
             return self.folder, name.removeprefix(f"{FOLDER}/")
-        return self.destination, name
+        save_to = note.get("save_to", self.destination.save_to)
+        return (self.destination if save_to == self.destination.save_to else Destination(save_to)), name
 
     def costs(self, *entries: Entry) -> dict[str | None, Decimal]:
         """Sum up what the tries of jobs were charged, by currency. Refunds are not known."""
@@ -311,7 +335,7 @@ class Ledger:
             return True
         try:
             age = datetime.now(UTC) - datetime.fromisoformat(note["at"])
-            return not _is_gone(note["sender"]) and age.total_seconds() < SILENCE_SECONDS
+            return not _is_gone(note["sender"]) and -CLOCKS_DIFFER_SECONDS < age.total_seconds() < SILENCE_SECONDS
         except (KeyError, TypeError, ValueError):
             return False
 
@@ -356,10 +380,9 @@ class Ledger:
             case Completed():
                 note["completed"] = submission.model_dump(mode="json", exclude_none=True)
             case AudioContent():
-                name = f"{claim.job}.{claim.number}.bytes"
-                note |= {"bytes": name, "content_type": submission.content_type}
-                self._write(name, submission.content)
-        return self._write(_name(claim.job, claim.number, "answer"), _json(note))
+                encoded = b64encode(submission.content).decode()
+                note |= {"base64": encoded, "content_type": submission.content_type}
+        return self._write(_name(claim.job, claim.number, "answer"), _json(note))[1]
 
     def note_over(self, job: str, number: int, over: Over, error: NanoGPTError) -> bool:
         """Note that a try came to nothing, and whether this call did."""
@@ -373,17 +396,18 @@ class Ledger:
             name = f"{FOLDER}/{name}"
         key = hashlib.sha256(f"{name} {audio.sha256}".encode()).hexdigest()[:8]
         told = audio.model_dump(mode="json", exclude_none=True)
-        note: dict[str, Any] = {"name": name, "audio": told, **_ticket_in(audio.ticket)}
+        note: dict[str, Any] = {"name": name, "audio": told, **self._elsewhere(), **_ticket_in(audio.ticket)}
         if paid_by is not None:
             note["run"] = paid_by.model_dump()
         is_new = self._end(job, number, f"saved-{key}", note)
-        bytes_of_answer = [] if audio.ticket else [f"{job}.{number}.bytes"]
-        for tidied in (_name(job, number, "answer"), *bytes_of_answer):
-            self._remembered.pop(tidied, None)
+        is_only_copy = audio.ticket is None and audio.source_url is None and self._home is not self.destination
+        if not is_only_copy and _name(job, number, f"saved-{key}") not in self._remembered:
+            answer = _name(job, number, "answer")
+            self._remembered.pop(answer, None)
             try:
-                self.folder.remove(tidied)
+                self.folder.remove(answer)
             except Exception as error:  # not allowed to, or not now; the end counts all the same
-                run_logger().debug("%s cannot be removed: %s", tidied, error)
+                run_logger().debug("%s cannot be removed: %s", answer, error)
         return is_new
 
     def note_ticket(self, job: Job, ticket: Ticket) -> None:
@@ -407,6 +431,11 @@ class Ledger:
         """Note into how long parts a text is split."""
         self.folder.create(_name(job, 1, "plan"), _json({"limit": limit}))
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether there is something that could not be written yet."""
+        return bool(self._remembered)
+
     def flush(self) -> None:
         """Try again to write what could not be written."""
         for name, content in list(self._remembered.items()):
@@ -414,33 +443,43 @@ class Ledger:
 
     def _about(self, job: Job) -> dict[str, Any]:
         """Give what the collector needs to know of a job."""
-        note: dict[str, Any] = {"provider": job.provider, "name": job.name}
-        if self._home is not self.destination:
-            note["save_to"] = self.destination.save_to
-        return note
+        return {"provider": job.provider, "name": job.name, **self._elsewhere()}
+
+    def _elsewhere(self) -> dict[str, Any]:
+        return {} if self._home is self.destination else {"save_to": self.destination.save_to}
 
     def _end(self, job: str, number: int, state: str, note: Mapping[str, Any]) -> bool:
-        try:
-            return self.folder.create(_name(job, number, state), _json(note))
-        except Exception as error:
-            run_logger().warning("The ledger cannot be written, so job %s stays as it was there: %s", job, error)
-            return False
+        is_new, failure = self._write(_name(job, number, state), _json(note))
+        if failure is not None:
+            run_logger().warning("The end of job %s cannot be noted now, and will be tried again: %s", job, failure)
+        return is_new
 
-    def _write(self, name: str, content: bytes, attempts: int = NOTE_ATTEMPTS) -> StorageError | None:
-        """Write a note that must not be lost; as long as that fails, this process remembers it."""
+    def _write(self, name: str, content: bytes, attempts: int = NOTE_ATTEMPTS) -> tuple[bool, StorageError | None]:
+        """Write a note that must not be lost; as long as that fails, this process remembers it.
+
+        Returns:
+            Whether it is this call's, and not there already; and why it could not be written.
+        """
         failure: Exception | None = None
         self._remembered[name] = content
         for attempt in range(attempts):
             try:
-                self.folder.create(name, content)
+                is_new = self.folder.create(name, content)
+                if not is_new and _is_torn(self.folder.read(name)):
+                    self.folder.write(name, content)
+                    is_new = True
             except Exception as error:
                 failure = error
                 time.sleep(0.05 * 2**attempt)
             else:
                 self._remembered.pop(name, None)
-                return None
+                return is_new, None
         assert failure is not None
-        return failure if isinstance(failure, StorageError) else self.folder.failure(failure)
+        return True, failure if isinstance(failure, StorageError) else self.folder.failure(failure)
+
+
+def _whole(number: float) -> float:
+    return int(number) if number.is_integer() else number
 
 
 def _this_process() -> dict[str, Any]:
@@ -481,6 +520,14 @@ def _started(pid: int) -> str | None:
 def _ticket_in(ticket: Ticket | None) -> dict[str, Any]:
     """Give what a note says of a ticket."""
     return {} if ticket is None else {"ticket": ticket.model_dump(mode="json", exclude_none=True)}
+
+
+def _is_torn(note: bytes | None) -> bool:
+    """Whether a note is only begun: its writer, this process or another, met a full disk."""
+    try:
+        return not isinstance(json.loads(note or b""), dict)
+    except ValueError:
+        return True
 
 
 def _name(job: str, number: int, state: str) -> str:

@@ -221,7 +221,7 @@ class Manifest:
         told = {line.id: rows[line.id] for line in lines if line.id in rows}
         everything = told | {line_id: row for line_id, row in self._others.items() if line_id not in told}
         try:
-            self._destination.write_text(FILE_NAME, "".join(map(_as_json, everything.values())))
+            self._destination.write(FILE_NAME, "".join(map(_as_json, everything.values())).encode())
         except Exception as error:  # the drivers of buckets have families of errors of their own
             run_logger().warning("The manifest cannot be written; the ledger has all that it would say: %s", error)
 

@@ -252,7 +252,7 @@ class Destination:
                     file.close()
                 return duration, peaks, self._publish(part, stem, container, digest.hexdigest())
 
-            duration, peaks, location = await asyncio.to_thread(finish)
+            duration, peaks, location = await self.run(finish)
         return AudioFile(
             location=location,
             container=container,
@@ -278,9 +278,16 @@ class Destination:
             except FileNotFoundError:
                 return {}
             for name in names:
-                with suppress(FileNotFoundError):  # removed by another process in between
-                    if name.startswith(prefix) and stat.S_ISREG((found := os.stat(f"{self.root}/{name}")).st_mode):
-                        sizes[name] = found.st_size
+                if not name.startswith(prefix):
+                    continue
+                try:
+                    found = os.stat(f"{self.root}/{name}")
+                except FileNotFoundError:
+                    if os.path.islink(f"{self.root}/{name}"):
+                        raise  # something is there, and cannot be read
+                    continue  # removed by another process in between
+                if stat.S_ISREG(found.st_mode):
+                    sizes[name] = found.st_size
             return sizes
         self.fs.invalidate_cache()
         with suppress(FileNotFoundError):
@@ -392,11 +399,11 @@ class Destination:
                 file.close()
             return self._publish(part, stem, audio.container, audio.sha256)
 
-    def write_text(self, name: str, text: str) -> None:
-        """Write a text file, whole or not at all."""
+    def write(self, name: str, content: bytes) -> None:
+        """Write a small file, whole or not at all, over what is there."""
         folder = Path(self.root) if self.is_local else Path(tempfile.gettempdir())
         with _temporary_file(folder, name) as (file, part):
-            file.write(text.encode())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
             self._move(part, name)
@@ -617,9 +624,15 @@ def _create(path: Path, content: bytes) -> bool:
             if error.errno not in _NO_LINKS:
                 raise
             # Others may see it empty for a moment, and take that for a submission of unknown outcome, as they should.
-            _write_durably(path, content)
+            try:
+                _write_durably(path, content)
+            except FileExistsError:
+                raise
+            except OSError:
+                path.unlink(missing_ok=True)  # half a note, of a full disk
+                raise
     except FileExistsError:
-        return False
+        return path.read_bytes() == content  # a network file system may have done it, and lost the answer
     finally:
         part.unlink(missing_ok=True)
     _sync_folder(path.parent)

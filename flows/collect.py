@@ -4,52 +4,59 @@ import asyncio
 import json
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeAlias, cast
+from typing import Annotated, Any, Final, Literal, TypeAlias, cast, get_args
 
 import httpx
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowFilter, FlowRunFilter, TaskRunFilter
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from prefect_nanogpt.client import NanoGPTClient
-from prefect_nanogpt.credentials import nanogpt_client
+from prefect_nanogpt.credentials import nanogpt_client, provider_and_ledger
 from prefect_nanogpt.errors import NanoGPTError, ProviderError, StorageError, SubmissionUncertain, TTSJobRejected
 from prefect_nanogpt.events import RunReference, run_logger
 from prefect_nanogpt.flows.ending import PLAIN_JSON, failed, keep_result
 from prefect_nanogpt.flows.forms import ArtifactKey, Credentials, titled
 from prefect_nanogpt.job import Said, Terms, settle
-from prefect_nanogpt.ledger import Entry, Job, Ledger
-from prefect_nanogpt.models import Ticket
+from prefect_nanogpt.ledger import Entry, Job, Ledger, run_in
+from prefect_nanogpt.models import AudioContent, AudioFile, Completed, Submission, Ticket
 from prefect_nanogpt.report import Artifact, Report, quietly
-from prefect_nanogpt.storage import Destination
-from prefect_nanogpt.tasks.ledgers import LABEL
+from prefect_nanogpt.storage import Destination, absolute
+from prefect_nanogpt.tasks import status
+from prefect_nanogpt.tasks.ledgers import LABEL, LedgerLabel
+from prefect_nanogpt.tasks.retries import NOT_FOUND_ATTEMPTS
 from prefect_nanogpt.tasks.say import PlainSteps
 
 __all__ = ["CollectedTicket", "collect_open_tickets"]
 
 JOBS_AT_ONCE: Final = 8
 REQUESTS_PER_SECOND: Final = 10.0
-POLL_DELAYS_SECONDS: Final = (1.0,)
-"""What cannot be polled now is polled by the next collection."""
 PAGE: Final = 200
 OWN_FLOWS: Final = ["text-to-speech", "text-to-speech-batch", "wait-for-tts"]
 
-Outcome: TypeAlias = Literal["saved", "rejected", "lost", "pending", "uncertain", "failed", "unreachable"]
+IF_A_LEDGER_IS_GONE: Final = (
+    "Mount or restore it, or name in `folders` where it is now: a job that is open in it is not settled."
+)
+
+Outcome: TypeAlias = Literal["saved", "pending", "rejected", "lost", "uncertain", "unreachable", "failed"]
+"""From good to bad."""
 
 
 class CollectedTicket(BaseModel):
     """What became of an open job.
 
     Attributes:
-        outcome: `saved`; `rejected` by the provider; `lost` (the provider does not know it any more); `pending` (left
-            for the next time); `uncertain` (nobody knows whether it was accepted); `failed` (could not be polled or
-            saved now); `unreachable` (its ledger is in a folder that this machine does not have).
-        detail: Where the audio is, or the code and the reason.
+        outcome: `saved`; `pending` (left for the next time); `rejected` by the provider; `lost` (the provider does not
+            know it, or no longer); `uncertain` (nobody knows whether it was accepted); `unreachable` (its ledger or its
+            folder is not there, or on another machine); `failed` (could not be read, polled or saved now). The worst,
+            in this order, where several folders wait for one job.
+        detail: Where the audio is, or the code and the reason; of each folder, where several wait for one job.
         run_id: The provider's id of the job; None for a model that answers at once.
         model: The model of the job.
         cost: What was charged, in the unit of the payment source.
@@ -82,19 +89,24 @@ async def collect_open_tickets(
     The ledgers of the named folders are read, and those of every run that used this package in the look-back. Each
     open job is polled once, whichever way it came about (a text, a part, a line, a ticket) and whatever its run is
     doing; that is also what asks the provider for the refund of a rejected job. Audio that is ready goes to where its
-    run would have saved it. What is still under way is left for the next time. Nothing is submitted.
+    run would have saved it, and displaces nothing: where other audio has its name by now, it gets the name
+    `<name>.<digest>.<extension>`. What is still under way is left for the next time. Jobs that were noted as lost
+    within the look-back are asked for again. Nothing is submitted.
 
     Args:
         credentials: The credentials; None for the environment, or else the saved block `default`.
         folders: Folders, URLs or blocks to look in besides those that runs have used, as their `save_to` named them.
-        lookback_days: How long ago a run may have started whose ledger is looked at, in days.
+            With them goes the ledger of `NANOGPT_LEDGER` or the credentials block, where that is set.
+        lookback_days: How long ago a run may have started whose ledger is looked at, or a job may have been noted as
+            lost that is asked for again, in days.
         artifact_key: The key of the table of what was found and done.
 
     Returns:
-        What became of each open job.
+        What became of each open job, and what could not be looked at.
 
     Raises:
         CredentialsError: There is no usable API key.
+        ProviderError: The API key was refused. The table says what was settled before.
 
     Example:
         ```python
@@ -104,21 +116,17 @@ async def collect_open_tickets(
         ```
     """
     keep_result()
+    since = datetime.now(UTC) - timedelta(days=lookback_days)
+    refusals: list[NanoGPTError] = []
     try:
-        places = await _places(folders, datetime.now(UTC) - timedelta(days=lookback_days))
         async with nanogpt_client(credentials) as client:
             client.requests_per_second = REQUESTS_PER_SECOND
-            rows: list[CollectedTicket] = []
-            found: list[_Open] = []
-            for place, machine in places.items():
-                try:
-                    home = await asyncio.to_thread(Destination, place)
-                    found += await home.run(_open_jobs, home, machine, client.base_url)
-                except NanoGPTError as error:
-                    rows.append(CollectedTicket(outcome="unreachable", detail=str(error), flow_runs=[]))
+            _, setting = await provider_and_ledger(credentials)
+            places = await _places(folders, Ledger.elsewhere(setting), since)
+            found, rows = await _look_through(places, client.base_url, since)
             run_logger().info("%d open jobs in %d ledgers.", len(found), len(places))
             gate = asyncio.Semaphore(JOBS_AT_ONCE)
-            rows += await asyncio.gather(*(_collect(same, client, gate) for same in _by_run_id(found)))
+            rows += await asyncio.gather(*(_collect(same, client, gate, refusals) for same in _by_run_id(found)))
     except NanoGPTError as error:
         return cast(list[CollectedTicket], await failed(error, final=not error.retryable))
     table = [
@@ -133,12 +141,16 @@ async def collect_open_tickets(
         for row in rows
     ]
     await Artifact("table", artifact_key).show(json.dumps(table), f"{len(rows)} open jobs")
+    if refusals:
+        refusals[0].message += " What is not settled stays open: run the collection again with a key that is accepted."
+        return cast(list[CollectedTicket], await failed(refusals[0], final=True))
     return rows
 
 
-async def _places(folders: Sequence[str], since: datetime) -> dict[str, str | None]:
-    """Find the folders that have ledgers, and on which machine each was used."""
-    places: dict[str, str | None] = {Destination(folder).save_to: None for folder in folders}
+async def _places(folders: Sequence[str], elsewhere: str | None, since: datetime) -> list[LedgerLabel]:
+    """Find where ledgers are: those of the named folders, also where all ledgers are elsewhere, and those of runs."""
+    named = [*folders, *([elsewhere] if folders and elsewhere else [])]
+    places = {LedgerLabel(place=absolute(folder)): None for folder in named}
     filters: list[dict[str, Any]] = [{"flow_filter": FlowFilter(name={"any_": OWN_FLOWS})}]
     # Tasks in flows of other people's, and our flows under other names.
     filters += [{"task_run_filter": TaskRunFilter(name={"like_": name})} for name in ("submit-tts", "poll", "say-")]
@@ -150,56 +162,127 @@ async def _places(folders: Sequence[str], since: datetime) -> dict[str, str | No
                 offset += len(page)
                 for label, value in [item for flow_run in page for item in flow_run.labels.items()]:
                     if label.startswith(LABEL):
-                        told = json.loads(str(value))
-                        places.setdefault(told["place"], told["machine"])
-    return places
+                        places[_label_of(str(value))] = None
+    return list(places)
+
+
+def _label_of(told: str) -> LedgerLabel:
+    """Read a label; what is none is a place that nobody will find, and that is then told of."""
+    with suppress(ValidationError):
+        return LedgerLabel.model_validate_json(told)
+    return LedgerLabel(place=told)
 
 
 @dataclass
 class _Open:
-    """An open job, as its notes tell of it."""
+    """An open job, as its notes tell of it. `save_to` and `machine` say where its audio goes, if not to the ledger."""
 
     job: Job
     entry: Entry
     ledger: Ledger
     model: str | None
-    ticket: Ticket | None
+    submission: Submission | None
     run: RunReference
     text: str | None
+    save_to: str | None
+    machine: str | None
+
+    @property
+    def ticket(self) -> Ticket | None:
+        return self.submission if isinstance(self.submission, Ticket) else None
 
 
-def _open_jobs(home: Destination, machine: str | None, provider: str) -> list[_Open]:
-    """Read the open jobs of a ledger that are of the API that this run asks. Blocks.
+async def _look_through(
+    places: Sequence[LedgerLabel], provider: str, since: datetime
+) -> tuple[list[_Open], list[CollectedTicket]]:
+    """Read the open jobs of ledgers, each place once, and give rows about what cannot be read."""
+    found: list[_Open] = []
+    rows: list[CollectedTicket] = []
+    identities: dict[str, str | None] = {}
+    failures: dict[str, Exception] = {}
+    local: set[str] = set()
+    for place in dict.fromkeys(told.place for told in places):
+        try:
+            home = await asyncio.to_thread(Destination, place, displaces=False)
+            local |= {place} if home.is_local else set()
+            identities[place], jobs, damaged = await home.run(_open_jobs, home, provider, since)
+            found += jobs
+            rows += damaged
+        except Exception as error:
+            failures[place] = error
+    reasons: list[Exception] = []
+    for told in places:
+        if told.ledger is not None and told.ledger in identities.values():
+            continue  # here, or wherever it was moved to
+        if told.place in local and told.machine not in (None, socket.gethostname()):
+            where = f"{told.place} is a folder of the machine {told.machine}"
+            reasons.append(StorageError(f"{where}: run the collection there as well."))
+        elif told.place in failures:
+            reasons.append(failures[told.place])
+        elif told.ledger is not None:
+            where = f"{told.place} is there, and the ledger that a run has used in it is not"
+            reasons.append(StorageError(f"{where}. {IF_A_LEDGER_IS_GONE}"))
+    told_once = dict.fromkeys(str(reason) for reason in reasons)
+    return found, [*rows, *(CollectedTicket(outcome="unreachable", detail=told, flow_runs=[]) for told in told_once)]
+
+
+def _open_jobs(
+    home: Destination, provider: str, since: datetime
+) -> tuple[str | None, list[_Open], list[CollectedTicket]]:
+    """Read which ledger is at a place, its open jobs, and rows about those that cannot be read. Blocks.
 
     Raises:
-        StorageError: The ledger cannot be read from here.
+        StorageError: There is no such folder here, or the ledger cannot be read.
     """
-    if home.is_local and machine not in (None, socket.gethostname()) and not Path(home.root).exists():
-        raise StorageError(f"{home.save_to} is a folder of the machine {machine}: run the collection there as well.")
+    if home.is_local and not Path(home.root).is_dir():
+        raise StorageError(f"{home.save_to} is not there. {IF_A_LEDGER_IS_GONE}")
     here = Ledger(home)
-    found = []
+    found, damaged = [], []
     for entry in here.entries().values():
-        if not entry.is_open or (entry.is_in_the_air and here.may_still_be_answered(entry)):
-            continue
-        answer = here.read_note(entry.job, entry.last, "answer")
-        note = {**answer, **here.read_note(entry.job, entry.last, "sent")}
-        if note.get("provider", provider) != provider:
-            run_logger().info("A job of %s is left alone, since this run asks %s.", note["provider"], provider)
-            continue
-        submission = here.submission(entry)
-        ticket = submission if isinstance(submission, Ticket) else None
-        found.append(
-            _Open(
-                job=Job(provider, name=note.get("name"), is_part=bool(note.get("is_part")), noted_as=entry.job),
-                entry=entry,
-                ledger=Ledger(Destination(note["save_to"]), home) if note.get("save_to") else here,
-                model=ticket.model if ticket else note.get("model"),
-                ticket=ticket,
-                run=RunReference.model_validate(note.get("run") or {}),
-                text=note.get("text"),
-            )
-        )
-    return found
+        try:
+            job = _open_job(here, entry, provider, since)
+        except Exception as error:
+            detail = f"The notes {entry.job}.{entry.last} in {here.folder.save_to} cannot be read: {error}"
+            damaged.append(CollectedTicket(outcome="failed", detail=detail, flow_runs=[]))
+        else:
+            found += [job] if job else []
+    return here.identity(), found, damaged
+
+
+def _open_job(here: Ledger, entry: Entry, provider: str, since: datetime) -> _Open | None:
+    """Read a job; None where it is not open, or not one of the API that this run asks."""
+    is_lost = entry.over == "lost" and not any(number == entry.last for number, _ in entry.saved)
+    if not (entry.is_open or is_lost) or (entry.is_in_the_air and here.may_still_be_answered(entry)):
+        return None
+    lost = here.read_note(entry.job, entry.last, "over-lost") if is_lost else {}
+    if is_lost and str(lost.get("at")) < since.isoformat():
+        return None
+    sent = here.read_note(entry.job, entry.last, "sent")
+    note = {**lost, **here.read_note(entry.job, entry.last, "answer"), **sent}
+    if note.get("provider", provider) != provider:
+        run_logger().info("A job of %s is left alone, since this run asks %s.", note["provider"], provider)
+        return None
+    submission = here.submission(entry)
+    ticket = submission if isinstance(submission, Ticket) else None
+    if is_lost and ticket is None:  # nobody can be asked
+        return None
+    return _Open(
+        job=Job(
+            provider,
+            name=note.get("name"),
+            ticket=None if sent else ticket,
+            is_part=bool(note.get("is_part")),
+            noted_as=entry.job,
+        ),
+        entry=entry,
+        ledger=here,
+        model=ticket.model if ticket else str(note.get("model") or "") or None,
+        submission=submission,
+        run=run_in(note),
+        text=note.get("text"),
+        save_to=note.get("save_to"),
+        machine=note.get("machine"),
+    )
 
 
 def _by_run_id(found: Sequence[_Open]) -> list[list[_Open]]:
@@ -210,10 +293,15 @@ def _by_run_id(found: Sequence[_Open]) -> list[list[_Open]]:
     return list(groups.values())
 
 
-async def _collect(same: Sequence[_Open], client: NanoGPTClient, gate: asyncio.Semaphore) -> CollectedTicket:
+async def _collect(
+    same: Sequence[_Open], client: NanoGPTClient, gate: asyncio.Semaphore, refusals: list[NanoGPTError]
+) -> CollectedTicket:
+    """Settle the places that wait for a job, and tell of the one that is worst off, with all of them in the detail."""
     first = same[0]
     async with gate:
-        (outcome, detail), *_ = [await _settle(found, client) for found in same]
+        ends = list(dict.fromkeys([await _settle(found, client, refusals) for found in same]))
+    outcome = max((outcome for outcome, _ in ends), key=get_args(Outcome).index)
+    detail = ends[0][1] if len(ends) == 1 else "; ".join(f"{outcome}: {detail}" for outcome, detail in ends)
     run_id = first.ticket.run_id if first.ticket else None
     run_logger().info("Job %s: %s, %s", run_id or first.entry.job, outcome, detail)
     return CollectedTicket(
@@ -221,40 +309,78 @@ async def _collect(same: Sequence[_Open], client: NanoGPTClient, gate: asyncio.S
         detail=detail,
         run_id=run_id,
         model=first.model,
-        cost=first.ticket.cost if first.ticket else None,
+        cost=first.submission.cost if isinstance(first.submission, Ticket | Completed) else None,
         flow_runs=sorted({found.run.name for found in same if found.run.name}),
     )
 
 
-async def _settle(found: _Open, client: NanoGPTClient) -> tuple[Outcome, str]:
-    """Poll a job once, note what came of it, and bring the report of its run up to date."""
-    terms = Terms(found.ledger)
-    steps = PlainSteps(terms, client, poll_delays=POLL_DELAYS_SECONDS)
+class _Steps(PlainSteps):
+    """Steps that poll as often as it takes to be sure that a job is lost, and save only what is within reach."""
+
+    def __init__(self, terms: Terms, client: NanoGPTClient, out_of_reach: NanoGPTError | None) -> None:
+        # What cannot be polled now is polled by the next collection.
+        super().__init__(terms, client, poll_delays=status.RETRY_DELAYS_SECONDS[: NOT_FOUND_ATTEMPTS - 1])
+        self._out_of_reach = out_of_reach
+
+    async def save(self, audio: Completed | AudioContent, stem: str, place: Destination) -> AudioFile:
+        """Save finished audio."""
+        if self._out_of_reach is not None and place is self._terms.ledger.destination:
+            raise self._out_of_reach
+        return await super().save(audio, stem, place)
+
+
+def _where_audio_goes(found: _Open) -> tuple[Ledger, NanoGPTError | None]:
+    """Give the ledger with the folder of a job's audio, and why that folder is out of reach, if it is. Blocks."""
+    if found.save_to is None:
+        return found.ledger, None
     try:
-        audio = await settle(found.job, terms, steps, found.entry)
+        place = Destination(found.save_to, displaces=False)
+    except NanoGPTError as error:
+        return found.ledger, error
+    out_of_reach = None
+    if place.is_local and found.machine != socket.gethostname() and not Path(place.root).is_dir():
+        out_of_reach = StorageError(
+            f"The audio goes to {place.save_to}, a folder of the machine {found.machine}: run the collection there as "
+            "well, or start the same text or ticket again, which finds what is paid for."
+        )
+    return Ledger(place, found.ledger.destination), out_of_reach
+
+
+async def _settle(found: _Open, client: NanoGPTClient, refusals: list[NanoGPTError]) -> tuple[Outcome, str]:
+    """Poll a job once, note what came of it, and bring the report of its run up to date."""
+    if refusals:
+        return "failed", str(refusals[0])
+    ledger, out_of_reach = found.ledger, None
+    try:
+        ledger, out_of_reach = await asyncio.to_thread(_where_audio_goes, found)
+        terms = Terms(ledger)
+        audio = await settle(found.job, terms, _Steps(terms, client, out_of_reach), found.entry)
     except SubmissionUncertain as error:
         return "uncertain", str(error)
     except NanoGPTError as error:
+        if error.http_status == httpx.codes.UNAUTHORIZED:
+            refusals.append(error)
         is_lost = error.http_status == httpx.codes.NOT_FOUND and isinstance(error, ProviderError)
         if is_lost or isinstance(error, TTSJobRejected):
-            await _update_report(found, error)
+            await _update_report(found, ledger, error)
             return "lost" if is_lost else "rejected", str(error)
-        return "failed", str(error)
+        return "unreachable" if error is out_of_reach else "failed", str(error)
+    except Exception as error:
+        run_logger().warning("Job %s could not be settled.", found.entry.job, exc_info=True)
+        return "failed", f"{type(error).__name__}: {error}"
     if audio is None:
         return "pending", "Still under way."
-    await _update_report(found, Said(audio))
+    await _update_report(found, ledger, Said(audio))
     return "saved", audio.location
 
 
-async def _update_report(found: _Open, news: Said | NanoGPTError) -> None:
+async def _update_report(found: _Open, ledger: Ledger, news: Said | NanoGPTError) -> None:
     """Tell in the report of the run that submitted a text what became of it."""
-    if found.job.is_part or found.run.id is None:
+    is_known = found.entry.over is not None and isinstance(news, ProviderError)
+    if found.job.is_part or found.run.id is None or is_known:
         return
-    report = await quietly(Report.of_run(found.run.id, found.ledger.destination.save_to, found.text))
+    report = await quietly(Report.of_run(found.run.id, ledger.destination.save_to, found.text))
     if report is None:
         return
     report.ticket = found.ticket
-    if isinstance(news, Said):
-        await report.finished(news)
-    else:
-        await report.failed(news)
+    await quietly(report.finished(news) if isinstance(news, Said) else report.failed(news))

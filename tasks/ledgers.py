@@ -1,22 +1,39 @@
 """Opening the ledger of a folder, and telling Prefect where it is, so that `collect_open_tickets` finds it."""
 
 import hashlib
-import json
 import socket
 from os import PathLike
 from typing import Final
 
 from prefect.client.orchestration import get_client
+from pydantic import BaseModel, ConfigDict
 
 from prefect_nanogpt.credentials import NanoGPTCredentials, provider_and_ledger
 from prefect_nanogpt.events import run_logger, this_run
 from prefect_nanogpt.ledger import Ledger
 from prefect_nanogpt.storage import Destination
 
-__all__ = ["LABEL", "open_ledger"]
+__all__ = ["LABEL", "LedgerLabel", "open_ledger"]
 
 LABEL: Final = "nanogpt.ledger."
 """A flow run has a label that begins so for each ledger it uses."""
+
+
+class LedgerLabel(BaseModel):
+    """Where a run's ledger is.
+
+    Attributes:
+        place: The folder or URL.
+        machine: The machine that it was used on.
+        ledger: What tells the ledger from others at a place of that name; None where it could not be written.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    place: str
+    machine: str | None = None
+    ledger: str | None = None
+
 
 _told: set[tuple[str | None, str]] = set()
 
@@ -42,8 +59,9 @@ async def _tell(ledger: Ledger) -> None:
     run = this_run()
     if run.id is None or (run.id, ledger.place) in _told:
         return
-    place = json.dumps({"place": ledger.place, "machine": socket.gethostname()})
-    key = LABEL + hashlib.sha256(ledger.place.encode()).hexdigest()[:8]
+    identity = await ledger.run(ledger.identity, create=True)
+    place = LedgerLabel(place=ledger.place, machine=socket.gethostname(), ledger=identity).model_dump_json()
+    key = LABEL + hashlib.sha256(place.encode()).hexdigest()[:8]
     try:
         async with get_client() as client:
             await client.update_flow_run_labels(run.id, {key: place})  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import json
 import os
 import shutil
 import signal
@@ -231,6 +232,22 @@ class TestStorage:
         await speak("Read me later.", **say)
         assert list(failures) == []
         assert len(sandbox.ledger.charges) == len(sandbox.requests("submit")) == 1
+
+    async def test_a_damaged_name_of_a_run_hides_neither_audio_nor_other_jobs(
+        self, sandbox: Sandbox, say: dict[str, Any], save_to: str
+    ) -> None:
+        audio = await text_to_speech("Who has paid for it?", **say)
+        [note] = notes(save_to, "saved")
+        note.write_text(json.dumps({**json.loads(note.read_text()), "run": "damaged"}))
+        sandbox.on_status(None, [PENDING])
+        await text_to_speech("Open.", **say, **SOON, return_state=True)
+        [note] = notes(save_to, "answer")
+        note.write_text(json.dumps({**json.loads(note.read_text()), "ticket": "damaged"}))
+
+        asked = len(sandbox.requests("status"))
+        assert (await text_to_speech("Who has paid for it?", **say)).location == audio.location
+        assert len(sandbox.requests("status")) == asked
+        await wait_for_tts(sandbox.add_job("Submitted elsewhere."), **say)
 
     @pytest.mark.parametrize("content", [b"", b'{"token": "8f3'], ids=["empty", "torn"])
     @pytest.mark.parametrize(

@@ -46,11 +46,12 @@ from prefect_nanogpt.events import RunReference, run_logger, this_run
 from prefect_nanogpt.models import AudioContent, AudioFile, Completed, Submission, Ticket, TTSRequest
 from prefect_nanogpt.storage import Destination, is_temporary, kept_name
 
-__all__ = ["Entry", "Found", "Job", "Ledger", "Over"]
+__all__ = ["Entry", "Found", "Job", "Ledger", "Over", "run_in"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 FOLDER: Final = ".nanogpt"
+IDENTITY: Final = "identity/digits"
 SILENCE_SECONDS: Final = 600.0
 """A submission may take seven minutes (see `NanoGPTClient.post`); the rest is for clocks that differ."""
 CLOCKS_DIFFER_SECONDS: Final = 60.0
@@ -206,8 +207,13 @@ class Ledger:
     @classmethod
     def of(cls, destination: Destination, elsewhere: str | None = None) -> Ledger:
         """Find the ledger of a folder: beside the audio, or where `NANOGPT_LEDGER` or the credentials block say."""
-        elsewhere = elsewhere or os.environ.get("NANOGPT_LEDGER") or None
+        elsewhere = cls.elsewhere(elsewhere)
         return cls(destination, Destination(elsewhere) if elsewhere else None)
+
+    @staticmethod
+    def elsewhere(setting: str | None) -> str | None:
+        """Give the place that the credentials block (`setting`), or else `NANOGPT_LEDGER`, has for all ledgers."""
+        return setting or os.environ.get("NANOGPT_LEDGER") or None
 
     async def run(self, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run a method in a thread; whatever the storage raises becomes a `StorageError`."""
@@ -232,6 +238,16 @@ class Ledger:
         return found
 
     # Reading
+
+    def identity(self, *, create: bool = False) -> str | None:
+        """Give what tells this ledger from any other, also at a place of the same name; None where it has none yet."""
+        if (digits := self.folder.read(IDENTITY)) is None and create:
+            digits = secrets.token_hex(16).encode()
+            with suppress(Exception):  # whether anything may be submitted here is decided elsewhere
+                if self.folder.create(IDENTITY, digits):
+                    return digits.decode()
+            digits = self.folder.read(IDENTITY)
+        return (digits or b"").decode(errors="replace") or None
 
     def entries(self, prefix: str = "") -> dict[str, Entry]:
         """List the jobs whose digests begin with `prefix`, with one listing of the folder."""
@@ -297,14 +313,13 @@ class Ledger:
             note = self.read_note(entry.job, number, state)
             try:
                 audio = AudioFile.model_validate(note.get("audio"))
-                paid_by = RunReference.model_validate(note.get("run") or {})
             except ValidationError:
                 continue
             place, name = self._locate(str(note.get("name")), note)
             for candidate in (name, kept_name(name, audio.sha256)):
                 if place.has(candidate, audio.size_bytes, audio.sha256):
                     audio = audio.model_copy(update={"location": place.location_of(candidate)})
-                    return Found(audio, place, candidate, number, paid_by, str(note.get("at", "")))
+                    return Found(audio, place, candidate, number, run_in(note), str(note.get("at", "")))
         return None
 
     def _locate(self, name: str, note: Mapping[str, Any]) -> tuple[Destination, str]:
@@ -420,11 +435,11 @@ class Ledger:
         for entry in self.entries().values():
             if not entry.is_answered:
                 continue
-            answer = self.read_note(entry.job, entry.last, "answer")
-            if answer.get("ticket", {}).get("runId") == ticket.run_id:
-                note = answer | self.read_note(entry.job, entry.last, "sent")
-                if note.get("provider") == provider and not note.get("is_part"):
-                    return Job(provider, name=note.get("name"), ticket=ticket, noted_as=entry.job)
+            match answer := self.read_note(entry.job, entry.last, "answer"):
+                case {"ticket": {"runId": run_id}} if run_id == ticket.run_id:
+                    note = answer | self.read_note(entry.job, entry.last, "sent")
+                    if note.get("provider") == provider and not note.get("is_part"):
+                        return Job(provider, name=note.get("name"), ticket=ticket, noted_as=entry.job)
         return None
 
     def note_plan(self, job: str, limit: int) -> None:
@@ -446,7 +461,9 @@ class Ledger:
         return {"provider": job.provider, "name": job.name, **self._elsewhere()}
 
     def _elsewhere(self) -> dict[str, Any]:
-        return {} if self._home is self.destination else {"save_to": self.destination.save_to}
+        if self._home is self.destination:
+            return {}
+        return {"save_to": self.destination.save_to, "machine": socket.gethostname()}
 
     def _end(self, job: str, number: int, state: str, note: Mapping[str, Any]) -> bool:
         is_new, failure = self._write(_name(job, number, state), _json(note))
@@ -480,6 +497,13 @@ class Ledger:
 
 def _whole(number: float) -> float:
     return int(number) if number.is_integer() else number
+
+
+def run_in(note: Mapping[str, Any]) -> RunReference:
+    """Give the run that a note names; one without id and name where that is damaged, since it is only for people."""
+    with suppress(ValidationError):
+        return RunReference.model_validate(note.get("run") or {})
+    return RunReference()
 
 
 def _this_process() -> dict[str, Any]:

@@ -165,6 +165,8 @@ class Destination:
 
     Args:
         save_to: A path, a URL, or the reference of a block.
+        displaces: Whether audio that is saved here takes its name from other audio that has it. Otherwise the new
+            audio gets the name `<name>.<digest>.<extension>`.
 
     Raises:
         StorageError: The URL's protocol is not known, or its driver is not installed.
@@ -175,8 +177,11 @@ class Destination:
         True
     """
 
-    def __init__(self, save_to: str | os.PathLike[str]) -> None:
+    displaces: bool = True
+
+    def __init__(self, save_to: str | os.PathLike[str], *, displaces: bool = True) -> None:
         save_to = os.fspath(save_to)
+        self.displaces = displaces
         if not save_to.strip():
             raise StorageError("save_to is empty: give a folder or a URL such as s3://bucket/speech.")
         if _AUDIO_NAME.search(save_to):
@@ -198,7 +203,8 @@ class Destination:
         return folder
 
     async def save(self, chunks: AsyncIterator[bytes], stem: str, *, expected_bytes: int | None = None) -> AudioFile:
-        """Stream audio to its place. Other audio that has the name is kept beside, as `<name>.<digest>.<extension>`.
+        """Stream audio to its place. Other audio that has the name is kept beside, as `<name>.<digest>.<extension>`,
+        or keeps the name, if nothing is to be displaced here.
 
         Args:
             chunks: The bytes of the audio.
@@ -327,7 +333,7 @@ class Destination:
                 if self.read(name) is not None:
                     return False
                 if not self.is_bucket:
-                    self.fs.makedirs(self.root, exist_ok=True)
+                    self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
                 self.fs.pipe_file(path, content)
             return True
         for attempt in range(CREATE_ATTEMPTS):
@@ -377,7 +383,7 @@ class Destination:
                 self.fs.rm_file(f"{self.root}/{name}")
 
     def copy_from(self, place: Destination, name: str, stem: str, audio: AudioFile) -> str | None:
-        """Copy a file from a folder to this one, and give its location; other audio of the name is kept beside.
+        """Copy a file from a folder to this one, and give its location. Other audio is kept as `save` does.
 
         None where the file is gone, or has other bytes by now.
         """
@@ -461,31 +467,30 @@ class Destination:
         return digest.hexdigest()
 
     def _publish(self, part: Path, stem: str, container: str, sha256: str) -> str:
-        path = f"{self.root}/{stem}.{container}"
+        """Move audio to its name. Other audio that has the name was paid for, and is kept."""
+        wanted = f"{stem}.{container}"
         while True:
-            is_there = [self._keep_beside(name, sha256) for name in self._audio_called(stem)]
-            if not self.is_local or any(is_there):
-                return self._move(part, f"{stem}.{container}")
+            is_there = False
+            for name in self._audio_called(stem):
+                with suppress(FileNotFoundError):  # somebody else has moved it
+                    old = self._digest(f"{self.root}/{name}")
+                    is_there |= old == sha256
+                    if old != sha256 and not self.displaces:
+                        return self._move(part, kept_name(wanted, sha256))
+                    if old != sha256:
+                        self.fs.mv(f"{self.root}/{name}", f"{self.root}/{kept_name(name, old)}")
+            if not self.is_local or is_there:
+                return self._move(part, wanted)
             try:
-                os.link(part, path)  # unlike a move, never over audio that another run has saved in between
+                os.link(part, f"{self.root}/{wanted}")  # never over audio that another run has saved in between
             except FileExistsError:
                 continue
             except OSError as error:
                 if error.errno not in _NO_LINKS:
                     raise
-                return self._move(part, f"{stem}.{container}")
+                return self._move(part, wanted)
             _sync_folder(Path(self.root))
-            return path
-
-    def _keep_beside(self, name: str, sha256: str) -> bool:
-        """Give audio a name of its own before other audio takes its place; whether it is the very same audio."""
-        try:
-            if (old := self._digest(f"{self.root}/{name}")) == sha256:
-                return True
-            self.fs.mv(f"{self.root}/{name}", f"{self.root}/{kept_name(name, old)}")
-        except FileNotFoundError:
-            pass  # somebody else has done it
-        return False
+            return f"{self.root}/{wanted}"
 
     def _move(self, part: Path, name: str) -> str:
         path = f"{self.root}/{name}"

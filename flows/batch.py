@@ -16,7 +16,7 @@ from prefect import flow
 from prefect.runtime import flow_run as this_flow_run
 from pydantic import Field
 
-from prefect_nanogpt.budget import COST_LIMIT_EXCEEDED, Budget, usd_in
+from prefect_nanogpt.budget import COST_LIMIT_EXCEEDED, Budget
 from prefect_nanogpt.client import NanoGPTClient
 from prefect_nanogpt.credentials import NanoGPTCredentials, nanogpt_client
 from prefect_nanogpt.errors import (
@@ -25,6 +25,8 @@ from prefect_nanogpt.errors import (
     CredentialsError,
     NanoGPTError,
     StorageError,
+    SubmissionUncertain,
+    TTSJobRejected,
 )
 from prefect_nanogpt.events import run_logger
 from prefect_nanogpt.flows.ending import PLAIN_JSON, failed, keep_result, may_go_better
@@ -41,13 +43,23 @@ from prefect_nanogpt.flows.forms import (
     titled,
 )
 from prefect_nanogpt.flows.shards import parameters_of_shards, run_shards
-from prefect_nanogpt.job import Said, Terms, find
-from prefect_nanogpt.ledger import Entry, Job
-from prefect_nanogpt.lines import COMPLETED, FILE_NAME, Line, Manifest, ManifestRow, read_lines
-from prefect_nanogpt.models import DEFAULT_MODEL, AudioFile, PollSchedule
+from prefect_nanogpt.job import WHAT_TO_LOOK_AT, Said, Terms, find, would_be_submitted
+from prefect_nanogpt.ledger import Entry, Job, Ledger, saved_as
+from prefect_nanogpt.lines import (
+    COMPLETED,
+    FILE_NAME,
+    Line,
+    Manifest,
+    ManifestRow,
+    costs_once,
+    read_lines,
+    shards_of,
+)
+from prefect_nanogpt.models import DEFAULT_MODEL, AudioFile, PollSchedule, Ticket
 from prefect_nanogpt.report import Artifact
-from prefect_nanogpt.storage import absolute
+from prefect_nanogpt.storage import absolute, kept_name
 from prefect_nanogpt.tasks.ledgers import open_ledger
+from prefect_nanogpt.tasks.retries import is_worth_another_try
 from prefect_nanogpt.tasks.say import PlainSteps, say_in_one_task
 
 __all__ = ["text_to_speech_batch"]
@@ -55,6 +67,7 @@ __all__ = ["text_to_speech_batch"]
 NOT_SUBMITTED: Final = "NOT_SUBMITTED"
 UNFINISHED: Final = "UNFINISHED"
 """A job that is paid for and that nobody has seen to its end: another run does."""
+COSTS: Final = ("cost", "currency", "other_costs")
 ROWS_SHOWN: Final = 100
 DETAIL_SHOWN: Final = 200
 PROGRESS_SECONDS: Final = 5.0
@@ -120,7 +133,8 @@ async def text_to_speech_batch(
         requests_per_second: How many requests to make a second, over all lines; the provider documents a limit of 25.
         max_cost: The most that all the lines may cost, earlier runs and failed tries included, in USD. Nothing is
             submitted where the provider's catalogue has prices above it; where it has none, lines go one after another
-            until the tickets tell, and no line is submitted once the limit is reached.
+            until the tickets tell, and no line is submitted once the limit is reached. What is paid for is fetched all
+            the same.
         take: Which rendition of the lines that do not say which: another number is another job, and is paid for.
         resubmit: Which jobs to submit anew although they may have been charged for: `uncertain`, `lost`, `refused`.
         artifact_key: The key of the table of lines; lower-case letters, digits and dashes.
@@ -163,7 +177,7 @@ async def text_to_speech_batch(
         if shard is not None:
             if shard > shards:
                 raise NanoGPTError(f"There is no shard {shard} of {shards}.", code="INVALID_REQUEST")
-            wanted = wanted[shard - 1 :: shards]
+            wanted = [line for line, its in zip(wanted, shards_of(wanted, shards), strict=True) if its == shard]
         ledger, provider = await open_ledger(save_to, credentials)
         terms = Terms(ledger, timeout_seconds, poll, resubmit)
         batch = _Batch(wanted, provider, terms, artifact_key, is_shard=shard is not None)
@@ -172,14 +186,15 @@ async def text_to_speech_batch(
             async with nanogpt_client(credentials) as client:
                 client.requests_per_second = requests_per_second
                 budget = await batch.budget(max_cost, client)
-                if shards > 1 and shard is None:
+                if shards > 1 and shard is None and batch.refusal is None:
                     await _run_in_shards(batch, budget, shards, shard_deployment, credentials)
                 else:
                     await batch.run(PlainSteps(terms, client, budget), max_in_flight)
         rows = await batch.finish()
         if all(row.is_completed for row in rows):
             return rows
-        return cast(list[ManifestRow], await failed(_partial(rows), final=not batch.may_go_better))
+        error = batch.refusal or batch.partial(rows)
+        return cast(list[ManifestRow], await failed(error, final=not batch.may_go_better))
     except BatchPartial:
         raise
     except NanoGPTError as error:
@@ -190,18 +205,17 @@ async def _run_in_shards(
     batch: "_Batch", budget: Budget | None, shards: int, deployment: str | None, credentials: NanoGPTCredentials | None
 ) -> None:
     """Have the lines said by runs of the deployment, then look in the ledger what became of them."""
-    weights: Counter[int] = Counter()
-    for index, (line, job) in enumerate(zip(batch.lines, batch.jobs, strict=True)):
-        if job.id in batch.todo:
-            weights[index % shards + 1] += len(line.request.text)
-    limits: dict[int, Decimal | None] = dict.fromkeys(sorted(weights))
+    numbers = shards_of(batch.lines, shards)
+    jobs: dict[int, dict[str, Job]] = {numbers[first]: {} for first, *_ in batch.todo.values()}
+    for number, job in zip(numbers, batch.jobs, strict=True):
+        if number in jobs:
+            jobs[number].setdefault(job.id, job)
+    limits: dict[int, Decimal | None] = dict.fromkeys(sorted(jobs))
     if budget is not None:
-        for number in limits:
-            spent = await batch.spent_on({job.id for job in batch.jobs[number - 1 :: shards]})
-            limits[number] = spent + (budget.limit - budget.spent) * weights[number] / weights.total()
+        limits.update(budget.shares({number: jobs[number].values() for number in limits}, batch.new_jobs().keys()))
     states = await run_shards(parameters_of_shards(limits, shards, credentials), deployment)
     ended = {number: f"Shard {number} ended as {state.name}: {state.message}" for number, state in states.items()}
-    await batch.tell_from_ledger([ended.get(index % shards + 1) for index in range(len(batch.lines))])
+    await batch.tell_from_ledger([ended.get(number) for number in numbers])
 
 
 class _Batch:
@@ -221,6 +235,8 @@ class _Batch:
         self.todo: dict[str, list[int]] = {}
         """The lines without audio, by their job: equal lines are one job."""
         self.may_go_better = False
+        self.refusal: NanoGPTError | None = None
+        """Why nothing is submitted at all: the prices are above the limit. What is paid for is fetched."""
         self._terms = terms
         self._ledger = terms.ledger
         self._manifest = Manifest(terms.ledger.destination)
@@ -230,6 +246,8 @@ class _Batch:
         self._shown_at = time.monotonic()
         self._entries: dict[str, Entry] = {}
         self._rows: dict[str, ManifestRow] = {}
+        self._failed: set[str] = set()
+        """The jobs that the provider has ended, which another run submits anew."""
         self._replaced = 0
         self._stopped_by: NanoGPTError | None = None
 
@@ -239,12 +257,14 @@ class _Batch:
         earlier = await destination.run(self._manifest.read)
         self._entries = await self._ledger.run(self._ledger.entries)
         sizes = await destination.run(destination.list_files)
+        # What a job has cost is told on one of its lines, which need not be of this batch.
+        costs = {row.job: _costs_of(row) for row in earlier.values() if row.cost}
         for index, (line, job) in enumerate(zip(self.lines, self.jobs, strict=True)):
             row = earlier.get(line.id)
             if row is not None and row.job == job.id and self._is_settled(row, sizes):
                 # The folder may have moved since.
                 here = destination.location_of(row.file_name) if row.location else None
-                self._rows[line.id] = row.model_copy(update={"location": here})
+                self._rows[line.id] = row.model_copy(update={"location": here, **costs.get(job.id, {})})
             else:
                 self._replaced += row is not None and row.is_completed and row.job != job.id
                 self.todo.setdefault(job.id, []).append(index)
@@ -257,33 +277,42 @@ class _Batch:
         """Whether an earlier run has done all for a line that can be done: saved it, or had its text refused."""
         entry = self._entries.get(row.job) or Entry(row.job)
         if row.is_completed:
-            return sizes.get(row.file_name) == row.size_bytes and bool(entry.saved)
+            name, digest = row.file_name, row.sha256 or ""
+            is_noted = saved_as(name, digest) in {state for _, state in entry.saved}
+            # Where audio was moved aside, other audio has taken its name.
+            return is_noted and sizes.get(name) == row.size_bytes and kept_name(name, digest) not in sizes
         was_refused = entry.over == "refused" and row.outcome == ContentPolicyViolation.default_code
         return was_refused and "refused" not in self._terms.resubmit
 
     async def budget(self, limit: Decimal | None, client: NanoGPTClient) -> Budget | None:
-        """Make the budget of the batch, None where it has no limit.
-
-        Raises:
-            ProviderError: The catalogue's prices put the lines above the limit (code `COST_LIMIT_EXCEEDED`).
-        """
+        """Make the budget of the batch, None where it has no limit."""
         if limit is None:
             return None
-        budget = Budget(limit, await self.spent_on({job.id for job in self.jobs}))
-        unpaid = [self.lines[indices[0]].request for job, indices in self.todo.items() if not self._is_paid(job)]
-        await budget.read_prices([request.model for request in unpaid], client)
-        budget.refuse_unless_affordable(unpaid)
+        budget = Budget(limit, self._ledger, client)
+        jobs = {job.id: job for job in self.jobs}
+        # The manifest may not know of all tries, nor of what was set aside for one.
+        told = {
+            row.job: row.cost
+            for row in self._rows.values()
+            if row.cost and row.currency in (None, "USD") and len(self._entry(row.job).charged) == 1
+        }
+        await budget.count([(job, self._entry(job.id)) for job in jobs.values()], told)
+        new = self.new_jobs().values()
+        await budget.read_prices(new)
+        self.refusal = self._stopped_by = budget.refusal_of(new)
         return budget
 
-    async def spent_on(self, jobs: set[str]) -> Decimal:
-        """Sum up what jobs were charged so far, in USD, each once with all its tries."""
-        rows = [row for row in self._rows.values() if row.job in jobs and row.currency in (None, "USD")]
-        known = [self._entries[job] for job in jobs & self.todo.keys() & self._entries.keys()]
-        costs = await self._ledger.run(self._ledger.costs, *known)
-        return usd_in(costs) + sum((row.cost for row in rows if row.cost is not None), Decimal(0))
+    def new_jobs(self) -> dict[str, Job]:
+        """Give the jobs that would be submitted, by their digests."""
+        return {
+            job: self.jobs[indices[0]]
+            for job, indices in self.todo.items()
+            if would_be_submitted(self._entry(job), self._terms.resubmit)
+        }
 
-    def _is_paid(self, job: str) -> bool:
-        return job in self._entries and self._entries[job].is_paid
+    def _entry(self, job: str) -> Entry:
+        """Give what the ledger knew of a job when the run began."""
+        return self._entries.get(job) or Entry(job)
 
     async def run(self, steps: PlainSteps, at_once: int) -> None:
         """See every job to its end, so many at once."""
@@ -301,10 +330,10 @@ class _Batch:
             raise
 
     async def _work(self, jobs: Iterator[tuple[str, list[int]]], steps: PlainSteps) -> None:
-        for job, (first, *others) in jobs:
+        for _, (first, *others) in jobs:
             await self._add(await self._row_of(first, steps))
             for index in others:
-                await self._add(await self._row_like(self.lines[first].id, index, job))
+                await self._add(await self._row_like(self.lines[first].id, index))
 
     async def _add(self, row: ManifestRow) -> None:
         self._rows[row.id] = row
@@ -322,93 +351,119 @@ class _Batch:
     async def _row_of(self, index: int, steps: PlainSteps) -> ManifestRow:
         """Say a line."""
         line, job = self.lines[index], self.jobs[index]
-        if self._stopped_by is not None and (_stops_everything(self._stopped_by) or not self._is_paid(job.id)):
-            return ManifestRow(id=line.id, outcome=NOT_SUBMITTED, detail=str(self._stopped_by), job=job.id)
+        entry = self._entry(job.id)
+        if self._stopped_by is not None and (_stops_everything(self._stopped_by) or not entry.is_paid):
+            return await self._row_from_ledger(index, entry, str(self._stopped_by))
         try:
-            entry = self._entries.get(job.id) or Entry(job.id)
-            return await self._tell(line.id, job, await say_in_one_task(line.id, job, self._terms, steps, entry))
+            return await self._tell(index, await say_in_one_task(line.id, job, self._terms, steps, entry))
         except NanoGPTError as error:
-            return await self._tell(line.id, job, error)
+            return await self._tell(index, error)
         except Exception as error:
             run_logger().exception("Line %s met an unexpected error.", line.id)
             unexpected = NanoGPTError(f"{type(error).__name__}: {error}", code="UNEXPECTED_ERROR", retryable=True)
-            return await self._tell(line.id, job, unexpected)
+            return await self._tell(index, unexpected)
 
-    async def _row_like(self, equal: str, index: int, job: str) -> ManifestRow:
+    async def _row_like(self, equal: str, index: int) -> ManifestRow:
         """Give a line what became of an equal one: a copy of its audio, or its failure."""
-        row, line = self._rows[equal], self.lines[index]
-        shared = row.model_copy(update={"id": line.id, "cost": None if row.cost is None else Decimal(0)})
+        row = self._rows[equal].model_copy(update={"id": self.lines[index].id})
         if not row.is_completed:
-            return shared
-        try:
-            said = await find(self.jobs[index], self._terms, await self._ledger.run(self._ledger.entry, job))
-        except NanoGPTError as error:
-            return await self._tell(line.id, self.jobs[index], error)
-        assert said is not None
-        return shared.model_copy(update={"location": said.audio.location})
+            return row
+        return await self._row_from_ledger(index, None, "The ledger does not say where the audio of an equal line is.")
 
-    async def _tell(self, line: str, job: Job, end: Said | NanoGPTError) -> ManifestRow:
-        """Make the row of a line, with what its job has cost in all its tries."""
+    async def _tell(self, index: int, end: Said | NanoGPTError) -> ManifestRow:
+        """Make the row of a line that this run has seen to its end."""
+        job = self.jobs[index].id
+        entry = self._entry(job)
+        if isinstance(end, Said) and not entry.states:  # all that is charged is this try
+            return _completed(self.lines[index].id, job, end.audio, {"cost": end.audio.cost})
         if isinstance(end, NanoGPTError):
-            self.may_go_better |= may_go_better(end)
-            if end.code == COST_LIMIT_EXCEEDED:
-                return ManifestRow(id=line, outcome=NOT_SUBMITTED, detail=end.message, job=job.id)
-            if self._stopped_by is None and _stops_submissions(end):
-                self._stopped_by = end
-                run_logger().warning("No further lines are submitted: %s", end)
-        elif job.id not in self._entries:  # there was no try before
-            return _completed(line, job.id, end.audio, end.audio.cost, end.audio.currency)
-        cost, currency = None, None
+            self._take_note_of(end, job)
+            if end.code == COST_LIMIT_EXCEEDED:  # to look for each line that the limit refuses would take long
+                return await self._row_from_ledger(index, None if entry.states else entry, end.message)
+        return await self._row_from_ledger(index, None, None, end)
+
+    def _take_note_of(self, error: NanoGPTError, job: str) -> None:
+        """Draw from the end of a line what it means for the others and for another run."""
+        self.may_go_better |= may_go_better(error)
+        if isinstance(error, TTSJobRejected) and not isinstance(error, ContentPolicyViolation):
+            self._failed.add(job)
+        is_news = self._stopped_by is None or (_stops_everything(error) and not _stops_everything(self._stopped_by))
+        if is_news and _stops_submissions(error):
+            self._stopped_by = error
+            run_logger().warning("No further lines are submitted: %s", error)
+
+    async def _row_from_ledger(
+        self, index: int, entry: Entry | None, reason: str | None, end: Said | NanoGPTError | None = None
+    ) -> ManifestRow:
+        """Make the row of a line from what the ledger knows of its job.
+
+        Args:
+            index: Which line.
+            entry: What the ledger knows; None to look.
+            reason: Why this run has not seen it to an end.
+            end: How it ended, where this run has seen that.
+        """
+        line, job = self.lines[index].id, self.jobs[index]
+        told: dict[str, Any] = {"outcome": NOT_SUBMITTED, "detail": reason}
         try:
-            entry = await self._ledger.run(self._ledger.entry, job.id)
-            currency, cost = _main(await self._ledger.run(self._ledger.costs, entry))
-        except StorageError as unreadable:
-            run_logger().warning("What line %s has cost cannot be read: %s", line, unreadable)
+            entry = entry if entry is not None else await self._ledger.run(self._ledger.entry, job.id)
+            if entry.saved and end is None:
+                end = await find(job, self._terms, entry)
+            if isinstance(end, Said):
+                told = _amounts(await self._ledger.run(self._ledger.costs, entry))
+            elif entry.states:
+                told = await self._ledger.run(_standing, self._ledger, entry, reason, self._entry(job.id).last)
+        except NanoGPTError as unreadable:
+            run_logger().warning("What is known of line %s cannot be read: %s", line, unreadable)
+            told |= {"outcome": unreadable.code, "detail": unreadable.message}
+        if told.pop("is_failed", False):
+            self._failed.add(job.id)
         if isinstance(end, Said):
-            return _completed(line, job.id, end.audio, cost, currency)
-        return ManifestRow(
-            id=line,
-            outcome=end.code,
-            detail=end.message,
-            cost=cost,
-            currency=currency,
-            ticket=end.ticket,
-            job=job.id,
-        )
+            return _completed(line, job.id, end.audio, told)
+        if end is not None:
+            told |= {"outcome": end.code, "detail": end.message, "ticket": end.ticket or told.get("ticket")}
+        return ManifestRow(id=line, job=job.id, **told)
 
     async def tell_from_ledger(self, reasons: Sequence[str | None]) -> None:
         """Tell from the ledger what others have done about the lines; where it knows nothing, why that may be."""
         self.may_go_better = True
         entries = await self._ledger.run(self._ledger.entries)
-        for job_id, (first, *others) in self.todo.items():
-            line, job, entry = self.lines[first].id, self.jobs[first], entries.get(job_id) or Entry(job_id)
-            currency, cost = _main(await self._ledger.run(self._ledger.costs, entry))
-            if (said := await find(job, self._terms, entry)) is not None:
-                self._rows[line] = _completed(line, job_id, said.audio, cost, currency)
-            else:
-                note: dict[str, Any] = {
-                    "code": UNFINISHED if entry.is_open else NOT_SUBMITTED,
-                    "message": reasons[first],
-                }
-                if entry.over is not None:
-                    note = await self._ledger.run(self._ledger.read_note, job_id, entry.last, f"over-{entry.over}")
-                outcome = note.get("code", NanoGPTError.default_code)
-                self._rows[line] = ManifestRow(
-                    id=line, outcome=outcome, detail=note.get("message"), cost=cost, currency=currency, job=job_id
-                )
+        for job, (first, *others) in self.todo.items():
+            line, entry = self.lines[first].id, entries.get(job) or Entry(job)
+            self._rows[line] = await self._row_from_ledger(first, entry, reasons[first])
             for index in others:
-                self._rows[self.lines[index].id] = await self._row_like(line, index, job_id)
+                self._rows[self.lines[index].id] = await self._row_like(line, index)
 
     async def finish(self) -> list[ManifestRow]:
         """Write the manifest and the table, and give the rows in the order of the lines."""
         if not self._is_shard:
             await self._ledger.run(self._manifest.write, self.lines, self._rows)
         await self._show()
-        return [self._rows[line.id] for line in self.lines if line.id in self._rows]
+        return self._told()
+
+    def _told(self) -> list[ManifestRow]:
+        return costs_once(self._rows[line.id] for line in self.lines if line.id in self._rows)
+
+    def partial(self, rows: list[ManifestRow]) -> BatchPartial:
+        """Make the error of a batch some of whose lines have no audio."""
+        codes = Counter(row.outcome for row in rows if not row.is_completed)
+        counted = ", ".join(f"{count} {code}" for code, count in codes.most_common())
+        saved = " The others are saved." if codes.total() < len(rows) else ""
+        error = BatchPartial(
+            f"{codes.total()} of {len(rows)} lines have no audio: {counted}.{saved} Run the batch again with the same "
+            f"save_to to do what is missing; {self._what_is_paid_again(rows)}"
+        )
+        error.rows = rows
+        return error
+
+    def _what_is_paid_again(self, rows: Sequence[ManifestRow]) -> str:
+        failed = sum(row.job in self._failed for row in rows)
+        again = f", except for lines whose jobs failed ({failed}): they are submitted, and charged, anew"
+        return f"what is paid for is not paid for again{again if failed else ''}."
 
     async def _show(self) -> None:
         """Write the table of lines: failures first, and not more than a page can take."""
-        rows = [self._rows[line.id] for line in self.lines if line.id in self._rows]
+        rows = self._told()
         shown = sorted(rows, key=lambda row: row.is_completed)[:ROWS_SHOWN]
         destination = self._ledger.destination
         completed = sum(row.is_completed for row in rows)
@@ -419,22 +474,67 @@ class _Batch:
             parts.append(f"{self._replaced} lines have {KEPT_BESIDE}")
         if completed < len(self.lines):
             parts.append(
-                f"To do what is missing, run the batch again with save_to={destination.save_to}: what is paid for is "
-                "found, and not paid for again."
+                f"To do what is missing, run the batch again with save_to={destination.save_to}: "
+                + self._what_is_paid_again(rows)
             )
         await self._table.show(json.dumps([_shown(row) for row in shown]), " ".join(parts))
 
 
-def _completed(line: str, job: str, audio: AudioFile, cost: Decimal | None, currency: str | None) -> ManifestRow:
-    told = audio.model_dump(include={"location", "sha256", "size_bytes", "duration_seconds"})
-    return ManifestRow(
-        id=line, outcome=COMPLETED, cost=cost, currency=currency or audio.currency, ticket=audio.ticket, job=job, **told
-    )
+def _completed(line: str, job: str, audio: AudioFile, told: Mapping[str, Any]) -> ManifestRow:
+    costs = {name: told.get(name) for name in COSTS}
+    costs["currency"] = costs["currency"] or audio.currency
+    file = audio.model_dump(include={"location", "sha256", "size_bytes", "duration_seconds"})
+    return ManifestRow(id=line, outcome=COMPLETED, ticket=audio.ticket, job=job, **costs, **file)
 
 
-def _main(costs: Mapping[str | None, Decimal]) -> tuple[str | None, Decimal | None]:
-    """Give the currency of a row and what was charged in it; the ledger has the others."""
-    return next(iter(costs.items()), (None, None))
+def _amounts(costs: Mapping[str | None, Decimal]) -> dict[str, Any]:
+    """Give the fields of a row that tell what was charged: USD first, which is what no unit means."""
+    others = dict(costs)
+    if None in others and "USD" in others:
+        others["USD"] += others.pop(None)
+    first = next((currency for currency in ("USD", None, *others) if currency in others), None)
+    return {"cost": others.pop(first, None), "currency": first, "other_costs": others or None}
+
+
+def _costs_of(row: ManifestRow) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in COSTS}
+
+
+def _standing(ledger: Ledger, entry: Entry, reason: str | None, had: int) -> dict[str, Any]:
+    """Tell how a job stands that nobody has seen to its end: outcome, detail, ticket, and what was charged.
+
+    What counts is the latest try that was, or may have been, charged, or that the provider refused, or that was made
+    since there were `had` tries. A job without one was not submitted.
+    """
+    if entry.is_in_the_air and ledger.was_never_sent(entry):
+        entry = Entry(entry.job, {number: states for number, states in entry.states.items() if number < entry.last})
+    told: dict[str, Any] = _amounts(ledger.costs(entry)) | {"outcome": NOT_SUBMITTED, "detail": reason}
+    tries = [*entry.charged, *([entry.last] if entry.over == "refused" or entry.last > had else [])]
+    if not tries:
+        return told
+    number = max(tries)
+    states = entry.states[number] - {"plan"}
+    note: dict[str, Any] = {}
+    for state in sorted(states, key="sent".__ne__):
+        note |= ledger.read_note(entry.job, number, state)
+    if note.get("ticket"):
+        told["ticket"] = Ticket.model_validate(note["ticket"])
+    if any(state.startswith("over-") for state in states):
+        message = note.get("message", "")
+        code = SubmissionUncertain.default_code if "over-uncertain" in states else NanoGPTError.default_code
+        if reason and number <= had and "over-failed" in states:
+            message += f" It was not submitted anew: {reason}"
+        told |= {"outcome": note.get("code", code), "detail": message, "is_failed": "over-failed" in states}
+    elif states != {"sent"}:
+        detail = f"It is paid for, and the next run goes on with it. {reason or ''}"
+        told |= {"outcome": UNFINISHED, "detail": detail.strip()}
+    elif ledger.may_still_be_answered(entry):
+        told |= {"outcome": UNFINISHED, "detail": "Another run is submitting it."}
+    else:
+        at = note.get("at", "an unknown time")
+        detail = f"It was sent at {at}, and no answer is known. {WHAT_TO_LOOK_AT}"
+        told |= {"outcome": SubmissionUncertain.default_code, "detail": detail}
+    return told
 
 
 def _shown(row: ManifestRow) -> dict[str, str]:
@@ -443,7 +543,7 @@ def _shown(row: ManifestRow) -> dict[str, str]:
         "outcome": row.outcome,
         "audio or reason": row.location or textwrap.shorten(row.detail or "", DETAIL_SHOWN, placeholder="…"),
         "seconds": f"{row.duration_seconds:.1f}" if row.duration_seconds is not None else "",
-        "cost": f"{row.cost:f} {row.currency or ''}".strip() if row.cost is not None else "",
+        "cost": ", ".join(f"{cost:f} {currency or ''}".strip() for currency, cost in _charges(row)),
         "run id": row.ticket.run_id if row.ticket else "",
     }
 
@@ -455,25 +555,22 @@ def _stops_everything(error: NanoGPTError) -> bool:
 
 def _stops_submissions(error: NanoGPTError) -> bool:
     """Whether every further submission would meet the same error: no key, no place, no money or no quota."""
-    over_quota = error.http_status == httpx.codes.TOO_MANY_REQUESTS and not error.retryable
+    # Of a status call only a daily cap says anything about submissions: the deadline of its line is another line's no
+    # more than its job is.
+    over_quota = error.http_status == httpx.codes.TOO_MANY_REQUESTS and (
+        error.code.startswith("DAILY_") or (error.ticket is None and not is_worth_another_try(error, 0))
+    )
     return _stops_everything(error) or over_quota or error.http_status == httpx.codes.PAYMENT_REQUIRED
+
+
+def _charges(row: ManifestRow) -> list[tuple[str | None, Decimal]]:
+    first = [] if row.cost is None else [(row.currency, row.cost)]
+    return [*first, *(row.other_costs or {}).items()]
 
 
 def _charged(rows: Sequence[ManifestRow]) -> str:
     """Sum up what was charged, each currency by itself. Refunds are not counted: only the balance tells of them."""
     sums: dict[str, Decimal] = {}
-    for row in rows:
-        if row.cost is not None:
-            sums[row.currency or "USD"] = sums.get(row.currency or "USD", Decimal(0)) + row.cost
+    for currency, cost in (charge for row in rows for charge in _charges(row)):
+        sums[currency or "USD"] = sums.get(currency or "USD", Decimal(0)) + cost
     return ", ".join(f"{cost:f} {currency}" for currency, cost in sums.items()) or "nothing known to be"
-
-
-def _partial(rows: list[ManifestRow]) -> BatchPartial:
-    codes = Counter(row.outcome for row in rows if not row.is_completed)
-    counted = ", ".join(f"{count} {code}" for code, count in codes.most_common())
-    error = BatchPartial(
-        f"{codes.total()} of {len(rows)} lines have no audio: {counted}. The others are saved. Run the batch again "
-        "with the same save_to to do what is missing; what is paid for is not paid for again."
-    )
-    error.rows = rows
-    return error

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from decimal import Decimal
 from os import fspath
 from os.path import abspath
@@ -19,7 +20,7 @@ from prefect.exceptions import ObjectNotFound, TerminationSignal
 from prefect.logging import get_run_logger
 from prefect.runtime import deployment as this_deployment
 from prefect.runtime import flow_run as this_flow_run
-from prefect.states import Cancelling
+from prefect.states import Cancelled, Cancelling
 from pydantic_core import to_jsonable_python
 
 from prefect_nanogpt.credentials import NanoGPTCredentials
@@ -102,12 +103,6 @@ async def run_shards(parameters: Mapping[int, Mapping[str, Any]], deployment: st
     open_runs: dict[int, UUID] = {}
     try:
         states = await asyncio.gather(*(_run(number, parameters[number], target, open_runs) for number in parameters))
-    except ObjectNotFound:
-        raise NanoGPTError(
-            f"There is no deployment {target}. Deploy the flow, or name its deployment in shard_deployment. "
-            "Nothing was submitted.",
-            code="DEPLOYMENT_NOT_FOUND",
-        ) from None
     except (asyncio.CancelledError, TerminationSignal):
         with anyio.CancelScope(shield=True), anyio.move_on_after(LAST_WORD_SECONDS):
             await _cancel(list(open_runs.values()))
@@ -117,13 +112,23 @@ async def run_shards(parameters: Mapping[int, Mapping[str, Any]], deployment: st
 
 async def _run(number: int, parameters: Mapping[str, Any], target: str, open_runs: dict[int, UUID]) -> State[Any]:
     attempt = tries = 0
+    state: State[Any] | None = None
     while True:
-        run = await arun_deployment(
-            target,
-            parameters=dict(parameters),
-            timeout=0,
-            idempotency_key=f"{this_flow_run.id}-shard-{number}-{attempt}",
-        )
+        try:
+            run = await arun_deployment(
+                target,
+                parameters=dict(parameters),
+                timeout=0,
+                idempotency_key=f"{this_flow_run.id}-shard-{number}-{attempt}",
+            )
+        except ObjectNotFound:
+            if state is not None:  # the deployment was deleted meanwhile
+                return state
+            raise NanoGPTError(
+                f"There is no deployment {target}, so shard {number} was not begun. Deploy the flow, or name its "
+                "deployment in shard_deployment.",
+                code="DEPLOYMENT_NOT_FOUND",
+            ) from None
         attempt += 1
         if run.state is not None and run.state.is_final():
             continue  # what has just been started cannot have ended: it is of an earlier attempt
@@ -143,6 +148,8 @@ async def _end_of(run: FlowRun) -> State[Any]:
         while True:
             try:
                 state = (await client.read_flow_run(run.id)).state
+            except ObjectNotFound:
+                return Cancelled(name="Deleted", message=f"The flow run {run.name} was deleted.")
             except (httpx.TransportError, httpx.HTTPStatusError) as error:
                 get_run_logger().warning("Prefect cannot be asked about %s: %s", run.name, error)
             else:
@@ -154,4 +161,5 @@ async def _end_of(run: FlowRun) -> State[Any]:
 async def _cancel(runs: Sequence[UUID]) -> None:
     async with get_client() as client:
         for run in runs:
-            await client.set_flow_run_state(run, Cancelling(message="The batch that it is a part of was stopped."))
+            with suppress(ObjectNotFound):  # it was deleted
+                await client.set_flow_run_state(run, Cancelling(message="The batch that it is a part of was stopped."))

@@ -8,12 +8,12 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Final
 
-from prefect_nanogpt.budget import Budget, usd_in
+from prefect_nanogpt.budget import COST_LIMIT_EXCEEDED, Budget
 from prefect_nanogpt.client import NanoGPTClient
 from prefect_nanogpt.errors import AudioError, NanoGPTError
 from prefect_nanogpt.events import run_logger
-from prefect_nanogpt.job import Said, Terms, save_whole
-from prefect_nanogpt.ledger import Job, Ledger
+from prefect_nanogpt.job import Said, Terms, save_whole, would_be_submitted
+from prefect_nanogpt.ledger import Entry, Job, Ledger
 from prefect_nanogpt.long_text import can_be_split, join, split
 from prefect_nanogpt.models import AudioFile
 from prefect_nanogpt.report import Report
@@ -33,7 +33,8 @@ async def say_in_parts(
 
     A part that fails fails the whole. Those under way are seen to their end, no further one is begun, and the ledger
     has all of them for the next attempt. Their audio stays in the ledger's folder, so that a text of which one sentence
-    has changed costs one part, also where the provider no longer has the others.
+    has changed costs one part, also where the provider no longer has the others. Where `max_cost` does not allow the
+    missing parts, those that are paid for are fetched all the same.
 
     Raises:
         NanoGPTError: The first failure of a part; or the parts cannot be joined.
@@ -46,7 +47,7 @@ async def say_in_parts(
     parts = [Job(job.provider, job.request.model_copy(update={"text": text}), job.take, is_part=True) for text in texts]
     unique = {part.id: part for part in parts}
     entries = await ledger.run(ledger.entries)
-    known = {part: entries[part] for part in unique if part in entries}
+    known = {part: entries.get(part) or Entry(part) for part in unique}
     run_logger().info("%d characters are split into %d parts of at most %d.", len(job.request.text), len(texts), limit)
     places = asyncio.Semaphore(PARTS_AT_ONCE)
     failures: list[NanoGPTError] = []
@@ -60,10 +61,10 @@ async def say_in_parts(
 
     async def say_part(number: int, part: Job) -> None:
         async with places:
-            if failures:
+            if failures and not (failures[0].code == COST_LIMIT_EXCEEDED and known[part.id].is_paid):
                 return
             try:
-                said = await say_in_one_task(f"part-{number:04}", part, terms, steps, known.get(part.id))
+                said = await say_in_one_task(f"part-{number:04}", part, terms, steps, known[part.id])
             except NanoGPTError as error:
                 error.message = f"Part {number} of {len(texts)}: {error.message}"
                 failures.append(error)
@@ -78,12 +79,11 @@ async def say_in_parts(
     await report.waiting()
     budget = None
     if max_cost is not None:
-        budget = Budget(max_cost, usd_in(await ledger.run(ledger.costs, *known.values())))
-        await budget.read_prices([job.request.model], client)
-        paid = {part for part, entry in known.items() if entry.is_paid}
-        budget.refuse_unless_affordable(
-            part.request for part in unique.values() if part.request and part.id not in paid
-        )
+        budget = Budget(max_cost, ledger, client)
+        await budget.count([(part, known[part.id]) for part in unique.values()])
+        new = [part for part in unique.values() if would_be_submitted(known[part.id], terms.resubmit)]
+        await budget.read_prices(new)
+        failures += filter(None, [budget.refusal_of(new)])
     steps = PlainSteps(terms, client, budget)
     numbers = {part.id: number for number, part in reversed(list(enumerate(parts, 1)))}
     # One that breaks off must not end the client while others have submissions in the air.

@@ -8,9 +8,9 @@ from typing import Final
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from prefect_nanogpt.budget import Budget, usd_in
+from prefect_nanogpt.budget import Budget
 from prefect_nanogpt.credentials import NanoGPTCredentials, nanogpt_client
-from prefect_nanogpt.job import Resubmit, submit
+from prefect_nanogpt.job import Resubmit, submit, would_be_submitted
 from prefect_nanogpt.ledger import Job
 from prefect_nanogpt.models import Submission, TTSRequest
 from prefect_nanogpt.tasks.ledgers import open_ledger
@@ -57,7 +57,8 @@ async def submit_tts(
         resubmit: Which jobs to submit anew although they may have been charged for: `uncertain` (it is not known
             whether an earlier submission was accepted), `lost` (the provider no longer knows the job) and `refused`
             (the provider refused the text).
-        max_cost: Refuse before anything is sent if the text costs more than this, earlier tries included, in USD.
+        max_cost: Refuse before anything is sent if the text costs more than this, earlier tries included, in USD. A
+            try of which the provider did not say what it cost counts with the price in its catalogue.
         name: What to call the audio, without extension, should `collect_open_tickets` save it; None for the run id.
 
     Returns:
@@ -89,8 +90,11 @@ async def submit_tts(
         entry = await ledger.run(ledger.entry, job.id)
         budget = None
         if max_cost is not None and not entry.is_answered:
-            budget = Budget(Decimal(max_cost), usd_in(await ledger.run(ledger.costs, entry)))
-            await budget.read_prices([job.request.model], client)
+            budget = Budget(Decimal(max_cost), ledger, client)
+            await budget.count([(job, entry)])
+            await budget.read_prices([job])
+            if would_be_submitted(entry, resubmit) and (refusal := budget.refusal_of([job])):
+                raise refusal
         submitted = await submit(
             job,
             ledger,

@@ -33,9 +33,11 @@ from prefect.client.schemas.filters import (
 from prefect_nanogpt import NanoGPTCredentials
 from prefect_nanogpt.errors import BatchPartial, NanoGPTError
 from prefect_nanogpt.flows import text_to_speech_batch
+from prefect_nanogpt.ledger import Job, Ledger
 from prefect_nanogpt.lines import ManifestRow, read_lines
-from prefect_nanogpt.models import PollSchedule
+from prefect_nanogpt.models import DEFAULT_MODEL, PollSchedule
 from prefect_nanogpt.sandbox import Accept, Answer, Cut, Sandbox
+from prefect_nanogpt.storage import Destination
 from prefect_nanogpt.tasks.say import SUBMISSIONS_AT_ONCE
 from tests.conftest import API_KEY, eventually, free_port, start, wait_for_server
 
@@ -111,13 +113,18 @@ class TestReading:
             ("lines.jsonl", b'{"id": "a"\n', "line 1: not JSON"),
             ("lines.jsonl", b'["a"]\n', "line 1: not an object"),
             ("lines.jsonl", b'{"id": "a", "text": "b", "options": "loud"}\n', "options must be a JSON object"),
+            ("lines.jsonl", b'{"id": "a", "text": "b", "options": []}\n', "options must be a JSON object"),
             ("lines.jsonl", b'{"id": "a", "text": "b", "take": "two"}\n', "take a whole number"),
+            ("lines.jsonl", b'{"id": "a", "text": "b", "take": 0}\n', "take a whole number"),
         ],
     )
     def test_a_file_that_is_not_as_it_should_be(self, name: str, content: bytes, said: str, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(NanoGPTError, match=said):
             read_lines(str(tmp_path / name), {})
+
+    def test_zero_is_an_id(self) -> None:
+        assert [line.id for line in read_lines([{"id": 0, "text": "Zero."}], {})] == ["0"]
 
     def test_a_hundred_thousand_lines(self, tmp_path: Path) -> None:
         file = tmp_path / "lines.csv"
@@ -273,6 +280,60 @@ async def test_a_folder_that_cannot_take_more_stops_the_batch_before_it_pays(
     assert len(audio_in(save_to)) == 4
 
 
+async def test_the_deadline_of_a_line_does_not_stop_the_submission_of_others(
+    batch: dict[str, Any], sandbox: Sandbox
+) -> None:
+    slow_down = Answer(429, json={"error": "Rate limit exceeded"}, headers={"retry-after": "20"})
+    sandbox.on_status(None, [slow_down])
+    error = await partial(lines=lines_of(4), **batch, max_in_flight=1, timeout_seconds=10)
+    assert [row.outcome for row in error.rows] == ["TTS_FAILED", "completed", "completed", "completed"]
+
+
+async def test_a_daily_cap_stops_the_submission_of_others(batch: dict[str, Any], sandbox: Sandbox) -> None:
+    cap = Answer(429, json={"error": {"message": "Enough for today", "code": "daily_usd_limit_exceeded"}})
+    sandbox.on_submit([cap])
+    error = await partial(lines=lines_of(3), **batch, max_in_flight=1)
+    assert [row.outcome for row in error.rows] == ["DAILY_USD_LIMIT_EXCEEDED", "NOT_SUBMITTED", "NOT_SUBMITTED"]
+    assert sandbox.ledger.charges == []
+
+
+async def test_lines_that_are_paid_for_are_told_as_such_where_they_cannot_be_fetched(
+    batch: dict[str, Any], save_to: str, sandbox: Sandbox
+) -> None:
+    lines = lines_of(3, "[sandbox:wait 3] Line {}.")
+    first = await partial(lines=lines, **batch, timeout_seconds=0.3)
+    wrong_key = Answer(401, json={"error": {"message": "Invalid key", "code": "invalid_api_key"}})
+    sandbox.on_status(None, [wrong_key] * 3)
+    error = await partial(lines=lines, **batch, max_in_flight=1)
+    assert [row.outcome for row in error.rows] == ["INVALID_API_KEY", "UNFINISHED", "UNFINISHED"]
+    assert [(row.ticket, row.cost) for row in error.rows] == [(row.ticket, row.cost) for row in first.rows]
+    assert manifest_in(save_to) == {row.id: row for row in error.rows}
+
+
+async def test_lines_that_were_or_may_have_been_charged_are_told_as_such_where_submissions_stop(
+    batch: dict[str, Any], sandbox: Sandbox
+) -> None:
+    lines = [{"id": "uncertain", "text": "Who knows."}, {"id": "failed", "text": "[sandbox:fail] No."}]
+    sandbox.on_submit([Accept(then=Cut())])
+    first = await partial(lines=lines, **batch, max_in_flight=1)
+    sandbox.on_submit([Answer(402, json={"error": "Insufficient balance"})])
+    error = await partial(lines=[*lines_of(2), *lines], **batch, max_in_flight=1)
+    assert [row.outcome for row in error.rows] == ["TTS_FAILED", "NOT_SUBMITTED", "SUBMISSION_UNCERTAIN", "TTS_FAILED"]
+    assert [(row.ticket, row.cost) for row in error.rows[2:]] == [(row.ticket, row.cost) for row in first.rows]
+    assert first.rows[1].ticket is not None
+    assert "resubmit" in str(error.rows[2].detail)
+    assert "Insufficient balance" in str(error.rows[3].detail)
+    assert "except for lines whose jobs failed (1)" in str(error)
+
+
+async def test_a_line_that_failed_is_said_to_be_charged_anew(batch: dict[str, Any], sandbox: Sandbox) -> None:
+    error = await partial(lines=[{"id": "failed", "text": "[sandbox:fail] No."}], **batch)
+    assert "except for lines whose jobs failed (1): they are submitted, and charged, anew" in str(error)
+    assert "The others are saved" not in str(error)
+    error = await partial(lines=[{"id": "stuck", "text": "[sandbox:stuck] No."}], **batch, timeout_seconds=0.3)
+    assert "anew" not in str(error)
+
+
 async def test_an_uncertain_line_is_not_paid_for_twice(batch: dict[str, Any], sandbox: Sandbox) -> None:
     sandbox.on_submit([Accept(then=Cut())])
     error = await partial(lines=lines_of(2), **batch, max_in_flight=1)
@@ -282,6 +343,27 @@ async def test_an_uncertain_line_is_not_paid_for_twice(batch: dict[str, Any], sa
     assert len(sandbox.requests("submit")) == 2
     await text_to_speech_batch(lines_of(2), **batch, resubmit=["uncertain"])
     assert len(sandbox.requests("submit")) == 3
+
+
+@pytest.fixture
+def in_this_process(
+    batch: dict[str, Any], sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> dict[int, dict[str, Any]]:
+    """Have shards run one after another in this process, and give their parameters."""
+    monkeypatch.setenv("NANOGPT_API_KEY", API_KEY)
+    monkeypatch.setenv("NANOGPT_BASE_URL", sandbox.base_url)
+    given: dict[int, dict[str, Any]] = {}
+
+    async def run(parameters: dict[int, dict[str, Any]], _: str | None) -> dict[int, State[Any]]:
+        given.clear()
+        given.update(parameters)
+        states = {}
+        for number, its in parameters.items():
+            states[number] = await text_to_speech_batch(**{**its, "poll": batch["poll"]}, return_state=True)
+        return states
+
+    monkeypatch.setattr("prefect_nanogpt.flows.batch.run_shards", run)
+    return given
 
 
 class TestShards:
@@ -307,6 +389,66 @@ class TestShards:
                 lines_of(4), **{**batch, "credentials": None}, shards=2, shard_deployment="no/where"
             )
         assert sandbox.requests() == []
+
+    async def test_a_shard_whose_run_is_deleted_has_ended_and_its_lines_are_told(
+        self, batch: dict[str, Any], save_to: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("NANOGPT_API_KEY", API_KEY)
+        monkeypatch.setenv("NANOGPT_BASE_URL", sandbox.base_url)
+        here = {**batch, "credentials": None}
+        async with get_client() as client:
+            flow_id = await client.create_flow(text_to_speech_batch)
+            deployment = await client.create_deployment(flow_id, "deleted")
+            elsewhere = {"shards": 2, "shard_deployment": "text-to-speech-batch/deleted"}
+            whole = asyncio.create_task(text_to_speech_batch(lines_of(4), **here, **elsewhere, return_state=True))
+
+            async def both() -> list[FlowRun] | None:
+                found = DeploymentFilter(id=DeploymentFilterId(any_=[deployment]))
+                runs = await client.read_flow_runs(deployment_filter=found)
+                return runs if len(runs) == 2 else None
+
+            runs = await eventually(both)
+            await text_to_speech_batch(lines_of(4), **here, shards=2, shard=1)
+            for run in runs:
+                await client.delete_flow_run(run.id)
+            error = await (await whole).aresult(raise_on_failure=False)
+        assert isinstance(error, BatchPartial)
+        outcomes = ["completed", "NOT_SUBMITTED", "completed", "NOT_SUBMITTED"]
+        assert [row.outcome for row in error.rows] == outcomes
+        assert [row.outcome for row in manifest_in(save_to).values()] == outcomes
+        assert "was deleted" in str(error.rows[1].detail)
+
+    async def test_lines_without_audio_are_told_with_their_tickets_and_as_uncertain_where_they_are(
+        self, batch: dict[str, Any], save_to: str, sandbox: Sandbox, in_this_process: dict[int, dict[str, Any]]
+    ) -> None:
+        lines = [{"id": "stuck", "text": "[sandbox:stuck] A."}, {"id": "failed", "text": "[sandbox:fail] B."}]
+        lines.append({"id": "uncertain", "text": "C."})
+        # As a process leaves it that was killed while the request was in the air.
+        ledger = Ledger(Destination(save_to))
+        [line] = read_lines(lines[2:], {"model": DEFAULT_MODEL})
+        claim = ledger.claim(Job(sandbox.base_url, line.request, 1, line.id), 1)
+        assert claim is not None
+        ledger.release(claim)
+        error = await partial(lines=lines, **{**batch, "credentials": None}, shards=3, timeout_seconds=0.5)
+        assert [row.outcome for row in error.rows] == ["UNFINISHED", "TTS_FAILED", "SUBMISSION_UNCERTAIN"]
+        tickets = {row.ticket.run_id for row in error.rows if row.ticket}
+        assert tickets == {charge.run_id for charge in sandbox.ledger.charges}
+        assert "resubmit" in str(error.rows[2].detail)
+
+    async def test_a_limit_that_is_enough_for_the_whole_is_enough_for_its_shards(
+        self, batch: dict[str, Any], sandbox: Sandbox, in_this_process: dict[int, dict[str, Any]]
+    ) -> None:
+        price, long = Decimal("0.06"), "{:01000d}"
+        here = {**batch, "credentials": None, "shards": 2}
+        # The lines of one shard are paid for.
+        lines = lines_of(4, "[sandbox:wait 1] {:0983d}")
+        await partial(lines=lines[::2], **{**batch, "credentials": None}, timeout_seconds=0.3)
+        await text_to_speech_batch(lines, **here, max_cost=4 * price)
+        # Two shards have the same text.
+        equal = [{"id": "a", "text": long.format(7)}, {"id": "b", "text": long.format(7)}, *lines_of(1, long)]
+        await text_to_speech_batch(equal, **here, max_cost=2 * price)
+        assert [parameters["max_cost"] for parameters in in_this_process.values()] == ["0.12"]
+        assert sandbox.ledger.charged_total == 6 * price
 
     async def test_a_shard_does_its_own_lines_and_the_whole_gathers_them(
         self, batch: dict[str, Any], save_to: str, sandbox: Sandbox

@@ -30,7 +30,7 @@ from pydantic import SecretStr
 
 from prefect_nanogpt import NanoGPTCredentials
 from prefect_nanogpt.errors import BatchPartial, NanoGPTError, StorageError
-from prefect_nanogpt.flows import text_to_speech_batch
+from prefect_nanogpt.flows import text_to_speech, text_to_speech_batch
 from prefect_nanogpt.ledger import Job, Ledger
 from prefect_nanogpt.lines import ManifestRow, read_lines
 from prefect_nanogpt.models import DEFAULT_MODEL
@@ -212,6 +212,24 @@ class TestFullDisk:
         assert len(sandbox.requests()) == asked
         assert len(sandbox.ledger.charges) == 20
 
+    async def test_equal_lines_are_left_to_the_next_run_where_the_audio_of_the_first_cannot_be_noted(
+        self, batch: dict[str, Any], save_to: str, sandbox: Sandbox
+    ) -> None:
+        link = os.link
+
+        def full(source: Any, target: Any) -> None:
+            if ".saved-" in str(target):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            link(source, target)
+
+        lines = [{"id": "a", "text": "Same."}, {"id": "b", "text": "Same."}, *lines_of(2)]
+        with patch("os.link", full):
+            error = await partial(lines=lines, **batch, max_in_flight=1)
+        assert [row.outcome for row in error.rows] == ["completed", "UNFINISHED", "completed", "completed"]
+        rows = await text_to_speech_batch(lines, **batch)
+        assert_complete(rows, save_to, sandbox)
+        assert len(sandbox.ledger.charges) == len(sandbox.requests("submit")) == 3
+
 
 class TestStorageThatCannotBeRead:
     @pytest.mark.parametrize("what", [".nanogpt", "audio"])
@@ -377,6 +395,40 @@ class TestFolders:
         assert_complete(rows, save_to, sandbox)
         assert len(sandbox.requests()) == asked
 
+    async def test_rows_of_another_table_that_ended_meanwhile_are_kept(
+        self, batch: dict[str, Any], save_to: str, sandbox: Sandbox
+    ) -> None:
+        slow = asyncio.create_task(
+            text_to_speech_batch([{"id": "slow", "text": "[sandbox:wait 4] Slow."}], **{**batch, "save_to": save_to})
+        )
+        await asyncio.to_thread(sandbox.wait_for_request, "submit")
+        await text_to_speech_batch(lines_of(2), **batch)
+        await slow
+        assert manifest_in(save_to).keys() == {"slow", "line-000", "line-001"}
+
+    async def test_audio_of_another_text_is_not_taken_for_that_of_a_line_because_of_its_size(
+        self, batch: dict[str, Any], save_to: str, sandbox: Sandbox
+    ) -> None:
+        lines = [{"id": "a", "text": "Line one."}]
+        [first] = await text_to_speech_batch(lines, **batch)
+        other = bytearray(Path(str(first.location)).read_bytes())
+        other[-50] ^= 0xFF  # a recording of the same length
+        sandbox.on_audio(None, [Answer(body=bytes(other), headers={"content-type": "audio/mpeg"})])
+        how = {name: batch[name] for name in ("credentials", "save_to", "poll")}
+        await text_to_speech("Line two.", name="a", **how)
+        assert Path(str(first.location)).read_bytes() == other
+        [again] = await text_to_speech_batch(lines, **batch)
+        assert_complete([again], save_to, sandbox)
+        assert len(sandbox.ledger.charges) == 2
+
+    async def test_a_row_that_does_not_say_where_the_audio_is_settles_nothing(
+        self, batch: dict[str, Any], save_to: str, sandbox: Sandbox
+    ) -> None:
+        [row] = await text_to_speech_batch(lines_of(1), **batch)
+        bare = {"id": row.id, "outcome": "completed", "job": row.job}
+        Path(save_to, "manifest.jsonl").write_text(json.dumps(bare) + "\n")
+        assert await text_to_speech_batch(lines_of(1), **batch) == [row]
+
     async def test_a_sandbox_is_not_taken_for_the_provider(
         self, batch: dict[str, Any], save_to: str, sandbox: Sandbox
     ) -> None:
@@ -510,6 +562,110 @@ class TestLimitOfCost:
             assert sandbox.ledger.charged_total == 4 * PRICE <= limit + PRICE
         await text_to_speech_batch(lines_of(6, LONG), **batch)
         assert len(sandbox.ledger.charges) == 6
+
+    async def test_what_the_provider_did_not_state_counts_by_its_price_in_the_next_run(
+        self, batch: dict[str, Any], sandbox: Sandbox
+    ) -> None:
+        limit = Decimal("0.045")  # three texts, by a model that answers at once
+        rows = await text_to_speech_batch(lines_of(3, LONG), **batch, model="tts-1", max_cost=limit)
+        assert [row.cost for row in rows] == [None] * 3
+        catalogue(sandbox, Answer(json={"data": [{"id": "tts-1", "pricing": {"per_generation": 0.001}}]}))
+        with pytest.raises(NanoGPTError, match="COST_LIMIT_EXCEEDED"):
+            await text_to_speech_batch(lines_of(6, LONG), **batch, model="tts-1", max_cost=limit)
+        assert sandbox.ledger.charged_total == limit
+
+    async def test_what_an_earlier_run_without_a_limit_was_not_told_counts_by_the_catalogue(
+        self, batch: dict[str, Any], sandbox: Sandbox
+    ) -> None:
+        await text_to_speech_batch(lines_of(2, LONG), **batch, model="tts-1")
+        with pytest.raises(NanoGPTError, match="COST_LIMIT_EXCEEDED"):
+            await text_to_speech_batch(lines_of(4, LONG), **batch, model="tts-1", max_cost=Decimal("0.045"))
+        assert len(sandbox.ledger.charges) == 2
+
+    async def test_uncertain_submissions_count_in_the_next_run(self, batch: dict[str, Any], sandbox: Sandbox) -> None:
+        sandbox.on_submit([Accept(then=Cut())] * 3)
+        limit = {"max_cost": 4 * PRICE, "max_in_flight": 1}
+        await partial(lines=lines_of(4, LONG), **batch, **limit)
+        with pytest.raises(NanoGPTError, match="COST_LIMIT_EXCEEDED"):
+            await text_to_speech_batch(lines_of(4, LONG), **batch, **limit, resubmit=["uncertain"])
+        assert sandbox.ledger.charged_total == 4 * PRICE
+
+    async def test_an_uncertain_submission_that_has_no_price_is_the_last(
+        self, batch: dict[str, Any], sandbox: Sandbox
+    ) -> None:
+        sandbox.on_submit([Accept(then=Cut())] * 10)
+        for _ in range(2):
+            error = await partial(
+                lines=lines_of(5, LONG), **batch, model="Qwen-3-TTS-1.7B", max_cost=Decimal("0.01"), max_in_flight=1
+            )
+            assert Counter(row.outcome for row in error.rows) == {"SUBMISSION_UNCERTAIN": 1, "NOT_SUBMITTED": 4}
+        assert len(sandbox.ledger.charges) == 1
+
+    async def test_what_is_paid_for_is_fetched_where_the_limit_refuses_the_rest(
+        self, batch: dict[str, Any], save_to: str, sandbox: Sandbox
+    ) -> None:
+        lines = [{"id": "slow", "text": "[sandbox:wait 2] " + "x" * 983}, {"id": "ill", "text": "[sandbox:fail] no"}]
+        first = await partial(lines=lines, **batch, timeout_seconds=0.5)
+        limit = sandbox.ledger.charged_total
+        await asyncio.sleep(2)
+        with pytest.raises(NanoGPTError, match="COST_LIMIT_EXCEEDED"):
+            await text_to_speech_batch([*lines, *lines_of(1)], **batch, max_cost=limit)
+        told = manifest_in(save_to)
+        assert [row.outcome for row in told.values()] == ["completed", "TTS_FAILED", "NOT_SUBMITTED"]
+        assert told["ill"].ticket == first.rows[1].ticket
+        assert_complete([told["slow"]], save_to, sandbox)
+        assert sum(row.cost or 0 for row in told.values()) == sandbox.ledger.charged_total == limit
+
+    async def test_lines_that_would_not_be_submitted_are_not_counted_as_to_be_paid(
+        self, batch: dict[str, Any], sandbox: Sandbox
+    ) -> None:
+        lines = lines_of(3, LONG)
+        limit = 3 * PRICE
+        sandbox.on_status(None, [Answer(404)] * 4)
+        await partial(lines=lines[:1], **batch, max_cost=limit)
+        sandbox.on_status(sandbox.ledger.charges[0].run_id, [Answer(404)] * 4)
+        error = await partial(lines=lines, **batch, max_cost=limit)
+        assert [row.outcome for row in error.rows] == ["TTS_FAILED", "completed", "completed"]
+        assert sandbox.ledger.charged_total == limit
+
+    async def test_an_equal_line_neither_counts_again_nor_takes_its_cost_with_it(
+        self, batch: dict[str, Any], save_to: str, sandbox: Sandbox
+    ) -> None:
+        a, b, c = ({"id": line_id, "text": LONG.format(1)} for line_id in "abc")
+        await text_to_speech_batch([a, b], **batch)
+        for lines in ([a, b, c], [b, c], [c, a]):
+            rows = await text_to_speech_batch(lines, **batch)
+            assert [row.cost for row in rows] == [PRICE, *[0] * (len(rows) - 1)]
+            assert sum(row.cost or 0 for row in manifest_in(save_to).values()) == sandbox.ledger.charged_total
+        with pytest.raises(NanoGPTError, match="COST_LIMIT_EXCEEDED"):
+            await text_to_speech_batch([b, *lines_of(1, LONG)], **batch, max_cost=PRICE)
+        await text_to_speech_batch([a, b, c, *lines_of(1, LONG)], **batch, max_cost=2 * PRICE)
+        assert sandbox.ledger.charged_total == 2 * PRICE
+
+    async def test_of_several_currencies_all_are_told_and_usd_count(
+        self, batch: dict[str, Any], sandbox: Sandbox
+    ) -> None:
+        text = "[sandbox:fail] " + "x" * 985
+        paid_in_nano = {**sandbox.add_job(text), "cost": 5.0, "paymentSource": "XNO"}
+        sandbox.on_submit([Answer(202, json=paid_in_nano), Answer(202, json=sandbox.add_job("x" * 1000))])
+        await partial(lines=[{"id": "a", "text": text}], **batch)
+        rows = await text_to_speech_batch([{"id": "a", "text": text}], **batch)
+        assert (rows[0].cost, rows[0].currency, rows[0].other_costs) == (PRICE, "USD", {"XNO": 5})
+        assert await text_to_speech_batch([{"id": "a", "text": text}], **batch) == rows
+        with pytest.raises(NanoGPTError, match="COST_LIMIT_EXCEEDED"):
+            await text_to_speech_batch([{"id": "a", "text": text}, *lines_of(1, LONG)], **batch, max_cost=PRICE)
+
+    async def test_an_answer_that_another_run_paid_for_meanwhile_counts(
+        self, batch: dict[str, Any], sandbox: Sandbox
+    ) -> None:
+        lines, limited = lines_of(2, LONG), {"model": "Qwen-3-TTS-1.7B", "max_cost": Decimal("0.02")}
+        sandbox.on_submit([Accept(delay=4)])
+        other = asyncio.create_task(text_to_speech_batch(lines[:1], **batch, model="Qwen-3-TTS-1.7B"))
+        await asyncio.to_thread(sandbox.wait_for_request, "submit")
+        error = await partial(lines=lines, **batch, **limited, max_in_flight=1)
+        await other
+        assert [row.outcome for row in error.rows] == ["completed", "NOT_SUBMITTED"]
+        assert len(sandbox.ledger.charges) == 1
 
     async def test_other_currencies_are_not_added_to_it(
         self, batch: dict[str, Any], save_to: str, sandbox: Sandbox

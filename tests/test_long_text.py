@@ -1,5 +1,6 @@
 """Texts longer than a model takes: no word lost, no part paid for twice, one file."""
 
+import asyncio
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -154,6 +155,21 @@ async def test_the_next_try_pays_only_for_the_part_that_failed(speech: dict[str,
         await text_to_speech.with_options(retries=1)(text, **speech, max_chars=20)
     submitted = Counter(request.json["text"] for request in sandbox.requests("submit"))
     assert submitted == {"The first part.": 1, "[sandbox:fail] Two.": 2, "The third part.": 1}
+
+
+async def test_parts_that_are_paid_for_are_fetched_where_the_limit_refuses_the_others(
+    speech: dict[str, Any], sandbox: Sandbox, save_to: str
+) -> None:
+    text = "[sandbox:wait 2] A.\n\n[sandbox:fail] B."
+    first = await text_to_speech(text, **speech, max_chars=20, timeout_seconds=0.5, return_state=True)
+    assert (first.name, len(sandbox.ledger.charges)) == ("TTS_FAILED", 2)
+    await asyncio.sleep(2)
+    limit = sandbox.ledger.charged_total
+    for _ in range(2):
+        with pytest.raises(NanoGPTError, match="COST_LIMIT_EXCEEDED: By the provider's catalogue"):
+            await text_to_speech(text, **speech, max_chars=20, max_cost=limit)
+    assert len(list(Path(save_to, ".nanogpt").glob("*.mp3"))) == len(sandbox.requests("audio")) == 1
+    assert sandbox.ledger.charged_total == limit
 
 
 async def test_a_refused_part_is_final(speech: dict[str, Any], sandbox: Sandbox) -> None:

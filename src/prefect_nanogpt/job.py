@@ -16,9 +16,10 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import partial
 from typing import Any, Final, Literal, NamedTuple, Protocol, TypeAlias
 
-from prefect_nanogpt.budget import Budget
+from prefect_nanogpt.budget import Budget, Reserved
 from prefect_nanogpt.client import LAST_WORD_SECONDS, NanoGPTClient, in_own_thread
 from prefect_nanogpt.errors import (
     AudioError,
@@ -58,6 +59,7 @@ __all__ = [
     "say",
     "settle",
     "submit",
+    "would_be_submitted",
 ]
 
 Resubmit: TypeAlias = Literal["uncertain", "lost", "refused"]
@@ -245,52 +247,59 @@ async def submit(
         StorageError: The ledger cannot be read or written.
     """
     assert job.request is not None
-    request = job.request
-    built = client.build(request)
+    request, built = job.request, client.build(job.request)
     for attempt in itertools.count():
         if attempt:
             await asyncio.sleep(min(LONGEST_PAUSE_SECONDS, 0.25 * 1.5**attempt))
         entry = entry if entry is not None else await ledger.run(ledger.entry, job.id)
-        if (entry.is_answered or entry.is_saved) and (
-            known := await ledger.run(_paid_for, job, ledger, entry, resubmit)
-        ):
-            return known
-        if entry.is_in_the_air and await ledger.run(ledger.may_still_be_answered, entry):
-            if attempt == 0:
-                run_logger().info("Another run is submitting the same text. Waiting for its ticket.")
-            entry = None
-            continue
-        number = await ledger.run(_next_try, ledger, entry, resubmit)
-        if number is None:
-            entry = None
-            continue
-
-        def send(number: int = number) -> Submission | None:
-            return _send(job, number, ledger, lambda: client.post(built, request.model), log_ticket)
-
-        reserved = await budget.reserve(request) if budget else None
-        submission = None
-        may_be_charged = False
-        try:
-            if wait_for_turn is not None:
-                await wait_for_turn()
-            async with client.turn():
-                submission = await in_own_thread(send, _say_what_is_in_the_air)
-        except SubmissionUncertain:
-            may_be_charged = True
-            raise
-        finally:
-            if budget and reserved:
-                await budget.settle(reserved, submission, may_be_charged=may_be_charged)
-        if submission is not None:
-            return Submitted(submission, number)
-        entry = None  # somebody else was first
+        if budget:  # what other runs have paid for meanwhile
+            await budget.count([(job, entry)])
+        step = await ledger.run(_answer_or_next_try, job, ledger, entry, resubmit)
+        if isinstance(step, Submitted):
+            return step
+        if step is not None:
+            reserved = await budget.reserve(job, step) if budget else None
+            send = partial(_send, job, step, ledger, partial(client.post, built, request.model), reserved, log_ticket)
+            submission = None
+            may_be_charged = False
+            try:
+                if wait_for_turn is not None:
+                    await wait_for_turn()
+                async with client.turn():
+                    submission = await in_own_thread(send, _say_what_is_in_the_air)
+            except SubmissionUncertain:
+                may_be_charged = True
+                raise
+            finally:
+                if budget and reserved:
+                    await budget.settle(reserved, submission, may_be_charged=may_be_charged)
+            if submission is not None:
+                return Submitted(submission, step)
+        elif attempt == 0:
+            run_logger().info("Another run is submitting the same text. Waiting for its ticket.")
+        entry = None
     raise AssertionError
 
 
-def _send(job: Job, number: int, ledger: Ledger, post: Callable[[], Submission], log_ticket: bool) -> Submission | None:
+def _answer_or_next_try(job: Job, ledger: Ledger, entry: Entry, resubmit: Collection[str]) -> Submitted | int | None:
+    """Give the answer that there is, or the number of the try to make; None while another's is in the air."""
+    if (entry.is_answered or entry.is_saved) and (known := _paid_for(job, ledger, entry, resubmit)):
+        return known
+    if entry.is_in_the_air and ledger.may_still_be_answered(entry):
+        return None
+    return _next_try(ledger, entry, resubmit)
+
+
+def _send(
+    job: Job,
+    number: int,
+    ledger: Ledger,
+    post: Callable[[], Submission],
+    reserved: Reserved | None,
+    log_ticket: bool,
+) -> Submission | None:
     """Claim a try, send it and note what came of it, in one go that nothing interrupts."""
-    claim = ledger.claim(job, number)
+    claim = ledger.claim(job, number, reserved.usd if reserved else None)
     if claim is None:
         return None
     never_sent = False
@@ -340,6 +349,13 @@ def _how_it_ended(error: NanoGPTError) -> Over:
             return "refused"
         case _:
             return "unaccepted"
+
+
+def would_be_submitted(entry: Entry, resubmit: Collection[str]) -> bool:
+    """Whether `say` would submit a job, as far as the names of its notes tell."""
+    if entry.is_in_the_air:
+        return "uncertain" in resubmit
+    return not entry.is_paid and entry.over in (None, "failed", *resubmit)
 
 
 def _next_try(ledger: Ledger, entry: Entry, resubmit: Collection[str]) -> int | None:

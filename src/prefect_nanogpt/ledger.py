@@ -30,7 +30,7 @@ import secrets
 import socket
 import time
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -46,7 +46,7 @@ from prefect_nanogpt.events import RunReference, run_logger, this_run
 from prefect_nanogpt.models import AudioContent, AudioFile, Completed, Submission, Ticket, TTSRequest
 from prefect_nanogpt.storage import Destination, is_temporary, kept_name
 
-__all__ = ["Entry", "Found", "Job", "Ledger", "Over", "run_in"]
+__all__ = ["Entry", "Found", "Job", "Ledger", "Over", "run_in", "saved_as"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -133,6 +133,14 @@ class Entry:
     def saved(self) -> list[tuple[int, str]]:
         """The notes of files with its audio, as try and state."""
         return [(number, state) for number, states in self.states.items() for state in states if state[:6] == "saved-"]
+
+    @property
+    def charged(self) -> list[int]:
+        """The tries that were, or may have been, charged, in their order."""
+        ends = {"answer", "over-failed", "over-lost", "over-uncertain", *(state for _, state in self.saved)}
+        return sorted(
+            number for number, states in self.states.items() if states & ends or states - {"plan"} == {"sent"}
+        )
 
     @property
     def is_saved(self) -> bool:
@@ -330,18 +338,41 @@ class Ledger:
         return (self.destination if save_to == self.destination.save_to else Destination(save_to)), name
 
     def costs(self, *entries: Entry) -> dict[str | None, Decimal]:
-        """Sum up what the tries of jobs were charged, by currency. Refunds are not known."""
+        """Sum up what the provider said that the tries of jobs cost, by currency. Refunds are not known."""
         costs: dict[str | None, Decimal] = {}
-        tries = [(entry.job, number, states) for entry in entries for number, states in entry.states.items()]
-        for job, number, states in tries:
-            for state in sorted(states - {"sent", "plan"}):
-                note = self.read_note(job, number, state)
-                told = note.get("ticket") or note.get("completed") or note.get("audio") or {}
-                if told.get("cost") is not None:
-                    currency = told.get("paymentSource") or told.get("currency")
-                    costs[currency] = costs.get(currency, Decimal(0)) + Decimal(str(told["cost"]))
-                    break  # every note of a try tells of the same charge
+        for entry in entries:
+            for number in entry.charged:
+                if (stated := self._stated(entry, number)) is not None:
+                    currency, cost = stated
+                    costs[currency] = costs.get(currency, Decimal(0)) + cost
         return costs
+
+    def spent(self, entry: Entry, numbers: Collection[int]) -> dict[int, Decimal | None]:
+        """Tell for a budget what tries of a job were, or may have been, charged in USD, by their numbers.
+
+        Where the provider did not say, it is the price that was set aside before the try was sent; None where there
+        was none. A try that somebody is still sending, or that certainly did not leave, is left out.
+        """
+        spent: dict[int, Decimal | None] = {}
+        for number in numbers:
+            if (stated := self._stated(entry, number)) is not None and stated[0] in (None, "USD"):
+                spent[number] = stated[1]
+                continue
+            is_in_the_air = number == entry.last and entry.is_in_the_air
+            if is_in_the_air and (self.may_still_be_answered(entry) or self.was_never_sent(entry)):
+                continue
+            price = self.read_note(entry.job, number, "sent").get("usd")
+            spent[number] = None if price is None else Decimal(price)
+        return spent
+
+    def _stated(self, entry: Entry, number: int) -> tuple[str | None, Decimal] | None:
+        """Read what the provider said that a try cost: the currency and the amount."""
+        for state in sorted(entry.states[number] - {"sent", "plan"}):
+            note = self.read_note(entry.job, number, state)
+            told = note.get("ticket") or note.get("completed") or note.get("audio") or {}
+            if told.get("cost") is not None:  # every note of a try tells of the same charge
+                return told.get("paymentSource") or told.get("currency"), Decimal(str(told["cost"]))
+        return None
 
     def may_still_be_answered(self, entry: Entry) -> bool:
         """Whether whoever sent the latest try may still be waiting for the answer."""
@@ -360,8 +391,10 @@ class Ledger:
 
     # Writing
 
-    def claim(self, job: Job, number: int) -> Claim | None:
+    def claim(self, job: Job, number: int, usd: Decimal | None = None) -> Claim | None:
         """Note that a try is about to be sent; None where another has noted it first.
+
+        `usd` is what a budget has set aside for it, should the provider never say what it cost.
 
         Raises:
             StorageError: It is not known whether the note was written, and so nothing may be sent.
@@ -370,6 +403,8 @@ class Ledger:
         note = self._about(job) | {"token": claim.token, "sender": _this_process(), "is_part": job.is_part}
         if job.request is not None:
             note |= {"model": job.request.model, "text": job.request.text[:200], "take": job.take}
+        if usd is not None:
+            note["usd"] = str(usd)
         self._under_way.add(claim.token)
         try:
             if self.folder.create(_name(job.id, number, "sent"), _json(note)):
@@ -402,21 +437,21 @@ class Ledger:
     def note_over(self, job: str, number: int, over: Over, error: NanoGPTError) -> bool:
         """Note that a try came to nothing, and whether this call did."""
         note = {"code": error.code, "message": error.message, **_ticket_in(error.ticket)}
-        return self._end(job, number, f"over-{over}", note)
+        return bool(self._end(job, number, f"over-{over}", note))
 
     def note_saved(self, job: str, number: int, audio: AudioFile, paid_by: RunReference | None = None) -> bool:
         """Note a file that has the audio of a try, and whether this call did."""
         folder, _, name = audio.location.rpartition("/")
         if f"{folder}/" == self.folder.location_of(""):
             name = f"{FOLDER}/{name}"
-        key = hashlib.sha256(f"{name} {audio.sha256}".encode()).hexdigest()[:8]
         told = audio.model_dump(mode="json", exclude_none=True)
         note: dict[str, Any] = {"name": name, "audio": told, **self._elsewhere(), **_ticket_in(audio.ticket)}
         if paid_by is not None:
             note["run"] = paid_by.model_dump()
-        is_new = self._end(job, number, f"saved-{key}", note)
+        state = saved_as(name, audio.sha256)
+        is_new = self._end(job, number, state, note)
         is_only_copy = audio.ticket is None and audio.source_url is None and self._home is not self.destination
-        if not is_only_copy and _name(job, number, f"saved-{key}") not in self._remembered:
+        if not is_only_copy and _name(job, number, state) not in self._remembered:
             answer = _name(job, number, "answer")
             self._remembered.pop(answer, None)
             try:
@@ -504,6 +539,11 @@ def run_in(note: Mapping[str, Any]) -> RunReference:
     with suppress(ValidationError):
         return RunReference.model_validate(note.get("run") or {})
     return RunReference()
+
+
+def saved_as(name: str, sha256: str) -> str:
+    """Give the state of a try whose audio is a file of that name and digest."""
+    return f"saved-{hashlib.sha256(f'{name} {sha256}'.encode()).hexdigest()[:8]}"
 
 
 def _this_process() -> dict[str, Any]:

@@ -18,7 +18,7 @@ from prefect_nanogpt.events import run_logger
 from prefect_nanogpt.models import Ticket, TTSRequest, problems_in
 from prefect_nanogpt.storage import Destination, file_stem
 
-__all__ = ["FILE_NAME", "Line", "Manifest", "ManifestRow", "read_lines"]
+__all__ = ["FILE_NAME", "Line", "Manifest", "ManifestRow", "costs_once", "read_lines", "shards_of"]
 
 FILE_NAME: Final = "manifest.jsonl"
 COMPLETED: Final = "completed"
@@ -48,7 +48,8 @@ class ManifestRow(BaseModel):
         duration_seconds: The length in seconds, where it is known.
         cost: What was charged in all tries, in `currency`, where the provider said; 0 for a line that shares the job
             of an earlier one.
-        currency: The unit of `cost`, such as USD.
+        currency: The unit of `cost`: USD, if anything was charged in it.
+        other_costs: What was charged besides, by currency, where tries were charged in several.
         ticket: The job, where there is one.
         job: The job's digest in the ledger: a line that has changed since is another job.
     """
@@ -64,6 +65,7 @@ class ManifestRow(BaseModel):
     duration_seconds: float | None = None
     cost: Decimal | None = None
     currency: str | None = None
+    other_costs: dict[str, Decimal] | None = None
     ticket: Ticket | None = None
     job: str
 
@@ -102,9 +104,9 @@ def read_lines(lines: Iterable[Mapping[str, Any]] | str, defaults: Mapping[str, 
         if isinstance(fields, str):
             problems.append(f"{place}: {fields}")
             continue
-        line_id = str(fields.get("id") or "").strip()
+        line_id = str(_given(fields.get("id"), "")).strip()
         here = [f"{place}: {problem}" for problem in _problems_of(line_id, place, seen)]
-        options = fields.get("options") or {}
+        options = _given(fields.get("options"), {})
         try:
             options = json.loads(options) if isinstance(options, str) else options
             own = {
@@ -112,7 +114,7 @@ def read_lines(lines: Iterable[Mapping[str, Any]] | str, defaults: Mapping[str, 
                 for name, value in fields.items()
                 if name not in ("id", "options", "take") and value not in (None, "")
             }
-            line_take = _take(fields.get("take") or take)
+            line_take = _take(_given(fields.get("take"), take))
             request = TTSRequest.model_validate({"text": "", **defaults, **options, **own})
         except ValidationError as invalid:
             here += [f"{place}: {problem}" for problem in problems_in(invalid)]
@@ -129,6 +131,11 @@ def read_lines(lines: Iterable[Mapping[str, Any]] | str, defaults: Mapping[str, 
             f"{'; '.join(problems[:PROBLEMS_SHOWN])}{more}. Nothing was submitted.", code="INVALID_LINES"
         )
     return good
+
+
+def _given(value: object, default: Any) -> Any:
+    """Give what a line says, or the default where it says nothing; 0 is something."""
+    return default if value is None or value == "" else value
 
 
 def _take(value: object) -> int:
@@ -216,12 +223,16 @@ class Manifest:
         return dict(self._others)
 
     def write(self, lines: Iterable[Line], rows: Mapping[str, ManifestRow]) -> None:
-        """Write a row for each line that has one, then the rows of lines that are not of this batch."""
+        """Write a row for each line that has one, then the rows of lines that are not of this batch.
+
+        Another batch may have written rows of its own since this one began, so the file is read again before.
+        """
         self._written = time.monotonic()
         told = {line.id: rows[line.id] for line in lines if line.id in rows}
-        everything = told | {line_id: row for line_id, row in self._others.items() if line_id not in told}
         try:
-            self._destination.write(FILE_NAME, "".join(map(_as_json, everything.values())).encode())
+            others = {line_id: row for line_id, row in self.read().items() if line_id not in told}
+            everything = costs_once([*told.values(), *others.values()])
+            self._destination.write(FILE_NAME, "".join(map(_as_json, everything)).encode())
         except Exception as error:  # the drivers of buckets have families of errors of their own
             run_logger().warning("The manifest cannot be written; the ledger has all that it would say: %s", error)
 
@@ -229,6 +240,26 @@ class Manifest:
     def is_due(self) -> bool:
         """Whether it is time to bring the file up to date."""
         return time.monotonic() - self._written > REWRITE_SECONDS
+
+
+def costs_once(rows: Iterable[ManifestRow]) -> list[ManifestRow]:
+    """Leave what a job has cost to the first of its lines, so that rows add up to what was charged."""
+    told: set[str] = set()
+    once = []
+    for row in rows:
+        if row.job in told and row.cost is not None:
+            row = row.model_copy(update={"cost": Decimal(0), "other_costs": None})
+        told.add(row.job)
+        once.append(row)
+    return once
+
+
+def shards_of(lines: Iterable[Line], shards: int) -> list[int]:
+    """Tell for each line which shard it is of, from 1: they take turns, and equal lines stay together."""
+    first: dict[tuple[bytes, int], int] = {}
+    return [
+        first.setdefault((line.request.content(), line.take), index) % shards + 1 for index, line in enumerate(lines)
+    ]
 
 
 def _as_json(row: ManifestRow) -> str:

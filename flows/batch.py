@@ -519,9 +519,11 @@ def _standing(ledger: Ledger, entry: Entry, reason: str | None, had: int) -> dic
         note |= ledger.read_note(entry.job, number, state)
     if note.get("ticket"):
         told["ticket"] = Ticket.model_validate(note["ticket"])
-    if any(state.startswith("over-") for state in states):
-        message = note.get("message", "")
-        code = SubmissionUncertain.default_code if "over-uncertain" in states else NanoGPTError.default_code
+    is_over = any(state.startswith("over-") for state in states)
+    if is_over and not (number == entry.last and entry.over is None):  # where a late answer is not the end of it
+        message, code = note.get("message", ""), NanoGPTError.default_code
+        if "over-uncertain" in states:
+            message, code = f"{message} {WHAT_TO_LOOK_AT}".strip(), SubmissionUncertain.default_code
         if reason and number <= had and "over-failed" in states:
             message += f" It was not submitted anew: {reason}"
         told |= {"outcome": note.get("code", code), "detail": message, "is_failed": "over-failed" in states}

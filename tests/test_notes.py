@@ -408,6 +408,19 @@ class TestTheSame:
         assert [Path(audio.location).parent.name for audio in audios] == ["one", "two", "one", "three"]
         assert len(sandbox.ledger.charges) == 1
 
+    async def test_a_ledger_that_is_set_aside_is_warned_of(
+        self,
+        sandbox: Sandbox,
+        say: dict[str, Any],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        await text_to_speech("Before.", **say)
+        monkeypatch.setenv("NANOGPT_LEDGER", str(tmp_path / "ledger"))
+        await text_to_speech("After.", **say)
+        assert f"{say['save_to']} has a record of its own" in caplog.text
+
 
 class TestTheAir:
     async def test_an_answer_that_trickles_is_waited_for_so_long_and_no_longer(

@@ -237,6 +237,11 @@ class Ledger:
                 f"{self.place} is in the system's temporary folder, and with it the record of what is paid for. Save "
                 "elsewhere, or set NANOGPT_LEDGER to a folder that lasts."
             )
+        if self._home is not self.destination and Ledger(self.destination).identity() is not None:
+            found.append(
+                f"{self.destination.save_to} has a record of its own of what is paid for, which is not read while "
+                f"another place is set for it ({self.place}): texts that are paid for there may be paid for again."
+            )
         if not self.folder.claims_exclusively:
             found.append(
                 f"{self.place} cannot create a file for one of several writers only. Two runs that say the same text "

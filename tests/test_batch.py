@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from prefect import State
 from prefect.client.orchestration import get_client
-from prefect.client.schemas import FlowRun
+from prefect.client.schemas import FlowRun, TaskRun
 from prefect.client.schemas.filters import (
     ArtifactFilter,
     ArtifactFilterKey,
@@ -177,14 +177,25 @@ async def test_lines_fail_one_by_one(batch: dict[str, Any], save_to: str, sandbo
     assert set(texts.values()) == {1}
 
 
+async def ended_task_runs(state: State[Any], count: int) -> list[TaskRun]:
+    """Read the task runs of a flow run, whose states the server writes a little later."""
+    run = FlowRunFilter(id={"any_": [state.state_details.flow_run_id]})
+
+    async def look() -> list[TaskRun] | None:
+        async with get_client() as client:
+            found = await client.read_task_runs(flow_run_filter=run, task_run_filter=TaskRunFilter())
+        return found if len(found) >= count and all(step.state and step.state.is_final() for step in found) else None
+
+    return await eventually(look)
+
+
 async def test_one_task_run_a_line_named_by_its_end_and_the_failures_first_in_the_table(
     batch: dict[str, Any], sandbox: Sandbox
 ) -> None:
     lines = [*lines_of(2, "[sandbox:wait 1] Line {}."), {"id": "bad", "text": "[sandbox:reject] No."}]
     state = await text_to_speech_batch(lines, **batch, artifact_key="tts-batch-steps", return_state=True)
-    run = FlowRunFilter(id={"any_": [state.state_details.flow_run_id]})
+    steps = await ended_task_runs(state, 3)
     async with get_client() as client:
-        steps = await client.read_task_runs(flow_run_filter=run, task_run_filter=TaskRunFilter())
         [table] = await client.read_artifacts(
             artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["tts-batch-steps"]))
         )

@@ -24,7 +24,6 @@ from prefect.client.schemas.filters import (
     ArtifactFilter,
     ArtifactFilterKey,
     FlowRunFilter,
-    TaskRunFilter,
 )
 from pydantic import SecretStr
 
@@ -37,7 +36,17 @@ from prefect_nanogpt.models import DEFAULT_MODEL
 from prefect_nanogpt.sandbox import Accept, Answer, Cut, Sandbox
 from tests.conftest import API_KEY, free_port, start
 from tests.s3_server import S3Server, s3, s3_env
-from tests.test_batch import audio_in, batch, in_the_air, lines_of, manifest_in, partial, serve_prefect, started
+from tests.test_batch import (
+    audio_in,
+    batch,
+    ended_task_runs,
+    in_the_air,
+    lines_of,
+    manifest_in,
+    partial,
+    serve_prefect,
+    started,
+)
 
 __all__ = ["batch", "s3", "s3_env"]
 
@@ -718,9 +727,7 @@ async def test_the_end_of_a_line_names_its_task_run_and_leaves_no_traceback(
         max_in_flight=1,
         return_state=True,
     )
-    run = FlowRunFilter(id={"any_": [state.state_details.flow_run_id]})
-    async with get_client() as client:
-        steps = await client.read_task_runs(flow_run_filter=run, task_run_filter=TaskRunFilter())
+    steps = await ended_task_runs(state, 7)
     assert {step.name: step.state_name for step in steps} == {
         "say-good": "Completed",
         "say-uncertain": "SUBMISSION_UNCERTAIN",

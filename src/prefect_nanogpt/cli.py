@@ -27,7 +27,7 @@ import httpx
 from cyclopts import App, CycloptsError, Parameter, validators
 from prefect import serve
 from prefect.deployments.runner import RunnerDeployment
-from prefect.exceptions import ParameterTypeError, TerminationSignal
+from prefect.exceptions import ParameterTypeError
 from prefect.logging.configuration import setup_logging
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from pydantic import SecretStr, ValidationError
@@ -365,10 +365,22 @@ def _run_tracked(flow_run: Callable[[], Coroutine[Any, Any, str]], save_to: str)
     # A server that Prefect starts for the occasion is nobody's to watch: what it has to say is said through the API.
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
-    signal.signal(signal.SIGTERM, _terminated)
+    signals: list[int] = []
+
+    def terminated(number: int, frame: object) -> None:
+        signals.append(number)
+        signal.raise_signal(signal.SIGINT)  # which asyncio turns into a cancellation
+
+    async def run() -> str:
+        watch = asyncio.create_task(_keep_handler(terminated))
+        try:
+            return await flow_run()
+        finally:
+            watch.cancel()
+
     try:
         with _progress():
-            location = asyncio.run(flow_run())
+            location = asyncio.run(run())
     except ParameterTypeError as error:
         raise UsageError(str(error).partition("\n - ")[2]) from None
     except NanoGPTError as error:
@@ -376,9 +388,9 @@ def _run_tracked(flow_run: Callable[[], Coroutine[Any, Any, str]], save_to: str)
         if how := _how_to_go_on(error, save_to):
             console.print(how, markup=False)
         return JOB_FAILED
-    except (KeyboardInterrupt, TerminationSignal) as stopped:
+    except KeyboardInterrupt:
         console.print(f"Stopped. {_to_go_on(save_to)}", markup=False)
-        return INTERRUPTED if isinstance(stopped, KeyboardInterrupt) else TERMINATED
+        return TERMINATED if signals else INTERRUPTED
     except (httpx.HTTPError, RuntimeError) as error:
         words = textwrap.shorten(str(error), LONGEST_REASON, placeholder="…")
         console.print(f"Prefect cannot be used: {words}", style="red", markup=False)
@@ -388,8 +400,14 @@ def _run_tracked(flow_run: Callable[[], Coroutine[Any, Any, str]], save_to: str)
     return 0
 
 
-def _terminated(number: int, frame: object) -> None:
-    raise TerminationSignal(signal=number)
+async def _keep_handler(handler: Callable[[int, object], None]) -> None:
+    """Keep the handler of SIGTERM in place.
+
+    Prefect sets one when a flow begins that raises an exception in whatever happens to run, and asyncio swallows that.
+    """
+    while True:
+        signal.signal(signal.SIGTERM, handler)
+        await asyncio.sleep(0.1)
 
 
 def _this_command(save_to: str, *more: str) -> str:

@@ -169,7 +169,7 @@ async def say(job: Job, terms: Terms, steps: Steps, entry: Entry | None = None) 
         NanoGPTError: There is no audio; the class and the code say why.
     """
     ledger = terms.ledger
-    await ledger.run(ledger.flush)
+    await ledger.catch_up()
     entry = entry if entry is not None else await ledger.run(ledger.entry, job.id)
     is_submitted = False
     given_up = 0
@@ -455,8 +455,7 @@ async def _fetch(job: Job, terms: Terms, steps: Steps, known: Submitted, *, poll
 
 async def _until_completed(ticket: Ticket, terms: Terms, steps: Steps, poll_at_once: bool) -> Outcome[Completed]:
     async def look(seconds_left: float) -> TTSStatus:
-        if terms.ledger.is_behind:
-            await terms.ledger.run(terms.ledger.flush)
+        await terms.ledger.catch_up()
         return await steps.poll(ticket, seconds_left)
 
     try:

@@ -112,13 +112,16 @@ class Entry:
     def last(self) -> int:
         """The number of the latest try that counts, 0 where none does: one that was not accepted changes nothing."""
         nothing = {"over-unsent", "over-unaccepted"}
-        tries = (number for number, states in self.states.items() if states - {"plan"})
-        return max((number for number in tries if not self.states[number] & nothing), default=0)
+        return max((number for number in self._tries if not self.states[number] & nothing), default=0)
 
     @property
     def next(self) -> int:
         """The number of the next try."""
-        return max((number for number, states in self.states.items() if states - {"plan"}), default=0) + 1
+        return max(self._tries, default=0) + 1
+
+    @property
+    def _tries(self) -> list[int]:
+        return [number for number, states in self.states.items() if states - {"plan"}]
 
     @property
     def over(self) -> Over | None:
@@ -442,7 +445,7 @@ class Ledger:
     def note_over(self, job: str, number: int, over: Over, error: NanoGPTError) -> bool:
         """Note that a try came to nothing, and whether this call did."""
         note = {"code": error.code, "message": error.message, **_ticket_in(error.ticket)}
-        return bool(self._end(job, number, f"over-{over}", note))
+        return self._end(job, number, f"over-{over}", note)
 
     def note_saved(self, job: str, number: int, audio: AudioFile, paid_by: RunReference | None = None) -> bool:
         """Note a file that has the audio of a try, and whether this call did."""
@@ -486,10 +489,10 @@ class Ledger:
         """Note into how long parts a text is split."""
         self.folder.create(_name(job, 1, "plan"), _json({"limit": limit}))
 
-    @property
-    def is_behind(self) -> bool:
-        """Whether there is something that could not be written yet."""
-        return bool(self._remembered)
+    async def catch_up(self) -> None:
+        """Try again, in a thread, to write what could not be written; nothing where there is nothing."""
+        if self._remembered:
+            await self.run(self.flush)
 
     def flush(self) -> None:
         """Try again to write what could not be written."""

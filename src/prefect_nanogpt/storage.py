@@ -218,14 +218,13 @@ class Destination:
             AudioError: The audio is empty, cut short, too large, or not audio at all. Nothing is left behind.
             StorageError: It cannot be written.
         """
-        folder = Path(self.root) if self.is_local else Path(tempfile.gettempdir())
-        _remove_leftovers(folder, "*" if self.is_local else stem)
+        _remove_leftovers(self._staging, "*" if self.is_local else stem)
         digest = hashlib.sha256()
         size = 0
         head = b""
         block = bytearray()
         writing: asyncio.Future[None] | None = None
-        with self._explained(), _temporary_file(folder, stem) as (file, part):
+        with self._explained(), _temporary_file(self._staging, stem) as (file, part):
 
             def write(block: bytearray) -> None:
                 digest.update(block)
@@ -251,8 +250,7 @@ class Destination:
 
             def finish() -> tuple[float | None, tuple[int, ...], str]:
                 write(block)
-                file.flush()
-                os.fsync(file.fileno())
+                _sync(file)
                 duration, peaks = measure(part, container)
                 if fcntl is None:
                     file.close()
@@ -387,9 +385,8 @@ class Destination:
 
         None where the file is gone, or has other bytes by now.
         """
-        folder = Path(self.root) if self.is_local else Path(tempfile.gettempdir())
         digest = hashlib.sha256()
-        with _temporary_file(folder, stem) as (file, part):
+        with _temporary_file(self._staging, stem) as (file, part):
             try:
                 with place._turn(), place.fs.open(f"{place.root}/{name}", "rb") as source:
                     while block := source.read(_BLOCK_BYTES):
@@ -399,19 +396,16 @@ class Destination:
                 return None
             if digest.hexdigest() != audio.sha256:
                 return None
-            file.flush()
-            os.fsync(file.fileno())
+            _sync(file)
             if fcntl is None:
                 file.close()
             return self._publish(part, stem, audio.container, audio.sha256)
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file, whole or not at all, over what is there."""
-        folder = Path(self.root) if self.is_local else Path(tempfile.gettempdir())
-        with _temporary_file(folder, name) as (file, part):
+        with _temporary_file(self._staging, name) as (file, part):
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            _sync(file)
             self._move(part, name)
 
     def check(self) -> None:
@@ -536,6 +530,11 @@ class Destination:
         return _ONE_THREAD if isinstance(self.fs, _OneThread) else nullcontext()
 
     @property
+    def _staging(self) -> Path:
+        """The folder in which a file is written before it is moved into place."""
+        return Path(self.root) if self.is_local else Path(tempfile.gettempdir())
+
+    @property
     def fs(self) -> Any:
         """The fsspec file system."""
         return self._place[0]
@@ -647,8 +646,12 @@ def _create(path: Path, content: bytes) -> bool:
 def _write_durably(path: Path, content: bytes) -> None:
     with path.open("xb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        _sync(file)
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 from os import PathLike
-from typing import Any, Final
+from typing import Final
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -38,8 +38,9 @@ async def save_audio(
 ) -> AudioFile:
     """Save the audio of a finished job: streamed, verified, and in its place only when whole.
 
-    The audio host gets no API key. What is not audio, empty or cut short never gets the final name. Other audio that
-    has the name is kept beside, as `<name>.<first letters of its digest>.<extension>`.
+    The audio host gets no API key. What is not audio, has no sound in it or ends before its own headers say never gets
+    the final name, and is downloaded again; with the extra `audio` a decoder plays it to tell. Other audio that has the
+    name is kept beside, as `<name>.<first letters of its digest>.<extension>`.
 
     Args:
         audio: The finished job, as `get_tts_status` or `submit_tts` returned it.
@@ -48,7 +49,7 @@ async def save_audio(
         credentials: The credentials, which decide only whether plain http is acceptable.
 
     Returns:
-        Where the audio is, with its container, size, digest and, where it can be told, duration.
+        Where the audio is, with its container, size, digest and, with the extra `audio`, duration and outline.
 
     Raises:
         AudioError: The audio cannot be fetched, or is not audio.
@@ -97,7 +98,4 @@ async def download_to(place: Destination, client: NanoGPTClient, audio: Complete
             stem,
             expected_bytes=int(length) if length and not encoded else None,
         )
-    announced: dict[str, Any] = {"cost": audio.cost, "currency": audio.currency, "source_url": audio.audio_url}
-    if saved.duration_seconds is None:
-        announced["duration_seconds"] = audio.duration_seconds
-    return saved.model_copy(update=announced)
+    return saved.model_copy(update={"cost": audio.cost, "currency": audio.currency, "source_url": audio.audio_url})

@@ -3,21 +3,22 @@
 import asyncio
 import tempfile
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import Collection, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Final
 
 from prefect_nanogpt.budget import COST_LIMIT_EXCEEDED, Budget
 from prefect_nanogpt.client import NanoGPTClient
-from prefect_nanogpt.errors import AudioError, NanoGPTError
+from prefect_nanogpt.errors import NanoGPTError
 from prefect_nanogpt.events import run_logger
 from prefect_nanogpt.job import Said, Terms, save_whole, would_be_submitted
+from prefect_nanogpt.joining import can_join, join
 from prefect_nanogpt.ledger import Entry, Job, Ledger
-from prefect_nanogpt.long_text import can_be_split, join, split
+from prefect_nanogpt.long_text import can_be_split, split
 from prefect_nanogpt.models import AudioFile
 from prefect_nanogpt.report import Report
-from prefect_nanogpt.storage import Destination
+from prefect_nanogpt.tasks.join import bytes_of
 from prefect_nanogpt.tasks.say import PlainSteps, say_in_one_task
 
 __all__ = ["say_in_parts"]
@@ -40,7 +41,8 @@ async def say_in_parts(
         NanoGPTError: The first failure of a part; or the parts cannot be joined.
     """
     assert job.request is not None
-    can_be_split(job.request.response_format)
+    can_join()
+    can_be_split()
     ledger = terms.ledger
     texts = await asyncio.to_thread(split, job.request.text, limit, job.request.language)
     await ledger.run(ledger.note_plan, job.id, limit)
@@ -101,29 +103,13 @@ async def say_in_parts(
 
 async def _join(parts: Sequence[AudioFile], job: Job, terms: Terms) -> AudioFile:
     """Join the audio of all parts."""
-    containers = {part.container for part in parts}
-    if len(containers) > 1:
-        raise AudioError(f"The parts came as {', '.join(sorted(containers))}.", code="AUDIO_NOT_JOINABLE")
     folder = terms.ledger.folder
     with tempfile.TemporaryDirectory() as temporary:
-        files = [await folder.run(_local, folder, part, temporary) for part in parts]
-        whole = Path(temporary) / "whole"
-        await asyncio.to_thread(join, files, containers.pop(), whole)
-
-        async def chunks() -> AsyncIterator[bytes]:
-            with whole.open("rb") as file:
-                while chunk := await asyncio.to_thread(file.read, 1024**2):
-                    yield chunk
-
-        return await save_whole(job, terms, chunks(), parts)
-
-
-def _local(folder: Destination, part: AudioFile, temporary: str) -> Path:
-    if folder.is_local:
-        return Path(part.location)
-    path = Path(temporary, part.location.rpartition("/")[2])
-    folder.fs.get_file(folder.fs._strip_protocol(part.location), str(path))
-    return path
+        names = [part.location.rpartition("/")[2] for part in parts]
+        files = {name: await folder.run(folder.fetch, name, Path(temporary)) for name in dict.fromkeys(names)}
+        whole = Path(temporary, "whole")
+        await asyncio.to_thread(join, [files[name] for name in names], whole)
+        return await save_whole(job, terms, bytes_of(whole), parts)
 
 
 def _what_is_paid(ledger: Ledger, parts: Collection[str]) -> str:

@@ -28,7 +28,7 @@ from pydantic import SecretStr
 from prefect_nanogpt import NanoGPTCredentials
 from prefect_nanogpt.models import PollSchedule
 from prefect_nanogpt.sandbox import Sandbox
-from prefect_nanogpt.tasks import audio, get_tts_status, save_audio, status, submit, submit_tts
+from prefect_nanogpt.tasks import audio, get_tts_status, join_audio, save_audio, status, submit, submit_tts
 
 # A shell that starts the tests in the background leaves Ctrl-C ignored, and a worker stops through it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -82,7 +82,7 @@ def quick() -> PollSchedule:
 @pytest.fixture(autouse=True)
 def no_retry_delays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefect's retries are real, the pauses between them are not: they add up to minutes."""
-    for task in (get_tts_status, save_audio, submit_tts):
+    for task in (get_tts_status, join_audio, save_audio, submit_tts):
         monkeypatch.setattr(task, "retry_delay_seconds", [0.01])
     for module in (status, audio, submit):  # what calls that are no tasks go by
         monkeypatch.setattr(module, "RETRY_DELAYS_SECONDS", [0.01] * len(module.RETRY_DELAYS_SECONDS))

@@ -19,6 +19,7 @@ from prefect_nanogpt.sandbox import Answer, Sandbox
 from prefect_nanogpt.storage import Destination
 from prefect_nanogpt.tasks import save_audio
 from tests.s3_server import S3Server, s3, s3_env
+from tests.sounds import tone
 
 __all__ = ["s3", "s3_env"]
 
@@ -208,7 +209,7 @@ async def test_a_saved_block_has_the_bucket_and_the_key(
 
 async def test_many_at_once_save_through_the_same_block(s3: S3Server, block: str) -> None:
     async def chapter(number: int) -> AsyncIterator[bytes]:
-        yield b"ID3" + bytes([number]) * 100
+        yield tone("mp3", 0.1 * (number + 1))
 
     saved = await asyncio.gather(*(Destination(block).save(chapter(number), f"{number}") for number in range(20)))
     assert sorted(audio.location for audio in saved) == sorted(f"s3://speech/{name}" for name in s3.objects())

@@ -1,22 +1,20 @@
 """Texts longer than a model takes: no word lost, no part paid for twice, one file."""
 
 import asyncio
-import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import miniaudio
 import pytest
-from imageio_ffmpeg import get_ffmpeg_exe
 
 from prefect_nanogpt import NanoGPTCredentials
-from prefect_nanogpt.errors import AudioError, ContentPolicyViolation, NanoGPTError, TTSJobRejected
+from prefect_nanogpt.errors import ContentPolicyViolation, NanoGPTError, TTSJobRejected
 from prefect_nanogpt.flows import text_to_speech
-from prefect_nanogpt.long_text import join, split
+from prefect_nanogpt.long_text import split
 from prefect_nanogpt.models import AudioFile, PollSchedule
-from prefect_nanogpt.sandbox import Sandbox
+from prefect_nanogpt.sandbox import Answer, Sandbox
 from tests.conftest import files_in
+from tests.sounds import DECODED_RATE, decoded, played, tone
 
 SENTENCES = (
     "Dr. Watson paid 3.50 for it, i.e. far too much.",
@@ -67,52 +65,10 @@ class TestSplitting:
         assert split("  All of it.\n", 11) == ["All of it."]
 
 
-def tone(path: Path, seconds: float, *options: str) -> Path:
-    command = [get_ffmpeg_exe(), "-loglevel", "error", "-f", "lavfi", "-i", f"sine=duration={seconds}", *options]
-    subprocess.run([*command, "-metadata", "title=A part", str(path)], check=True)
-    return path
-
-
-def played(path: str | Path) -> float:
-    """Decode a file with ffmpeg, which must have nothing to complain about, and give its length in seconds."""
-    command = [get_ffmpeg_exe(), "-loglevel", "error", "-i", str(path), "-f", "s16le", "-ac", "1", "-ar", "8000", "-"]
-    done = subprocess.run(command, capture_output=True, check=True)
-    assert done.stderr == b""
-    return len(done.stdout) / 2 / 8000
-
-
-class TestJoining:
-    @pytest.mark.parametrize(
-        ("container", "options"),
-        [
-            ("mp3", ["-b:a", "64k"]),
-            ("mp3", ["-q:a", "4"]),
-            ("wav", []),
-            ("ogg", ["-c:a", "libopus", "-ar", "48000"]),
-        ],
-    )
-    def test_the_whole_is_as_long_as_its_parts(self, container: str, options: list[str], tmp_path: Path) -> None:
-        parts = [tone(tmp_path / f"{n}.{container}", 12.0 + n, *options) for n in range(3)]
-        join(parts, container, tmp_path / "whole")
-        assert played(tmp_path / "whole") == pytest.approx(sum(map(played, parts)), rel=0.01)
-        assert b"A part" not in (tmp_path / "whole").read_bytes()[100_000:]
-
-    def test_parts_that_differ_are_not_joined(self, tmp_path: Path) -> None:
-        parts = [tone(tmp_path / "a.wav", 1.0, "-ar", "8000"), tone(tmp_path / "b.wav", 1.0, "-ar", "16000")]
-        with pytest.raises(AudioError, match="AUDIO_NOT_JOINABLE: The parts differ"):
-            join(parts, "wav", tmp_path / "whole")
-
-    def test_what_is_no_audio_is_not_joined(self, tmp_path: Path) -> None:
-        (tmp_path / "a").write_bytes(b"nothing to hear")
-        with pytest.raises(AudioError, match="AUDIO_NOT_JOINABLE"):
-            join([tmp_path / "a"], "mp3", tmp_path / "whole")
-
-
-def assert_whole(audio: AudioFile, sandbox: Sandbox, measured: float) -> None:
-    parts = [miniaudio.decode(sandbox.audio_bytes(charge.run_id)).duration for charge in sandbox.ledger.charges]
+def assert_whole(audio: AudioFile, sandbox: Sandbox) -> None:
+    parts = [len(decoded(sandbox.audio_bytes(charge.run_id))) / 2 / DECODED_RATE for charge in sandbox.ledger.charges]
+    assert audio.duration_seconds == pytest.approx(played(audio.location), abs=0.1)
     assert audio.duration_seconds == pytest.approx(sum(parts), rel=0.01)
-    assert measured == pytest.approx(sum(parts), rel=0.01)
-    assert played(audio.location) == pytest.approx(sum(parts), rel=0.01)
     assert audio.ticket is None
     if audio.currency is not None:  # models that answer with the audio itself do not say what they charged
         assert audio.cost == sum(charge.amount for charge in sandbox.ledger.charges)
@@ -127,7 +83,7 @@ async def test_sixty_thousand_characters_become_one_mp3(speech: dict[str, Any], 
     assert sorted(" ".join(said).split()) == sorted(text.split())
     assert files_in(save_to) == [Path(audio.location)]
     assert audio.currency == "USD"
-    assert_whole(audio, sandbox, miniaudio.mp3_get_file_info(audio.location).duration)
+    assert_whole(audio, sandbox)
 
 
 async def test_the_catalogue_knows_how_long_a_text_a_model_takes(speech: dict[str, Any], sandbox: Sandbox) -> None:
@@ -135,7 +91,7 @@ async def test_the_catalogue_knows_how_long_a_text_a_model_takes(speech: dict[st
     assert audio.container == "wav"
     assert 10_000 > max(len(request.json["text"]) for request in sandbox.requests("submit")) > 3_000
     assert len(sandbox.requests("submit")) == len(sandbox.ledger.charges) > 14
-    assert_whole(audio, sandbox, miniaudio.wav_get_file_info(audio.location).duration)
+    assert_whole(audio, sandbox)
 
 
 async def test_a_part_that_fails_fails_the_whole_and_the_others_are_kept(
@@ -179,11 +135,37 @@ async def test_a_refused_part_is_final(speech: dict[str, Any], sandbox: Sandbox)
     assert len(sandbox.requests("submit")) == 2
 
 
-async def test_what_cannot_be_joined_is_refused_before_anything_is_paid_for(
+async def test_what_is_too_expensive_in_parts_is_refused_before_anything_is_paid_for(
     speech: dict[str, Any], sandbox: Sandbox
 ) -> None:
-    with pytest.raises(NanoGPTError, match=r"INVALID_REQUEST: .*ask for mp3, wav or opus"):
-        await text_to_speech("One. Two.", model="tts-1", response_format="flac", **speech, max_chars=5)
     with pytest.raises(NanoGPTError, match="COST_LIMIT_EXCEEDED"):
         await text_to_speech(chapter(60_000), **speech, max_chars=5_000, max_cost="0.50")
     assert sandbox.ledger.charges == []
+
+
+async def test_a_book_of_forty_parts_of_which_two_have_another_form_is_one_file(
+    speech: dict[str, Any], sandbox: Sandbox, save_to: str
+) -> None:
+    others = [Answer(body=tone(form, 2.5)) for form in ("mp3 of variable rate", "wav")]
+    sandbox.on_audio(None, [*[None] * 7, others[0], *[None] * 15, others[1]])
+    text = "\n\n".join(f"Chapter {number} tells of the lamp and of who keeps it." for number in range(1, 41))
+
+    audio = await text_to_speech(text, **speech, max_chars=60)
+
+    assert len(sandbox.ledger.charges) == 40
+    parts = [path for path in Path(save_to, ".nanogpt").iterdir() if path.suffix in (".mp3", ".wav")]
+    assert Counter(path.suffix for path in parts) == {".mp3": 39, ".wav": 1}
+    assert audio.container == "mp3"
+    assert audio.duration_seconds == pytest.approx(played(audio.location), abs=0.1)
+    assert audio.duration_seconds == pytest.approx(sum(map(played, parts)), rel=0.01)
+
+
+async def test_parts_that_are_chained_ogg_are_joined(speech: dict[str, Any], sandbox: Sandbox) -> None:
+    chained = tone("ogg opus", 2.0) + tone("ogg opus", 3.0)
+    sandbox.on_audio(None, [Answer(body=chained)] * 2)
+
+    audio = await text_to_speech("The first part of it.\n\nThe second part of it.", **speech, max_chars=25)
+
+    assert audio.container == "ogg"
+    assert audio.duration_seconds == pytest.approx(10.0, rel=0.01)
+    assert played(audio.location) == pytest.approx(10.0, rel=0.01)

@@ -262,7 +262,7 @@ CASES = {
     ),
     "The audio is a web page": Case(audio=repeat(WEB_PAGE), says="a web page"),
     "The audio is JSON": Case(audio=repeat({"error": "expired"}), says="JSON"),
-    "The audio is empty": Case(audio=repeat(Answer(headers={"content-type": "audio/mpeg"})), says="is empty"),
+    "The audio is empty": Case(audio=repeat(Answer(headers={"content-type": "audio/mpeg"})), says="no bytes"),
     "The audio is cut short once": Case(audio=[Cut(after_bytes=1000)]),
     "The audio is cut short on and on": Case(audio=repeat(Cut(after_bytes=1000)), says="could not be read"),
     "The audio is too large": Case(patch={"prefect_nanogpt.storage.LARGEST_AUDIO_BYTES": 1000}, says="1000 bytes"),

@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from prefect_nanogpt.sandbox import Accept, Answer, Cut, Hang, Redirect, Sandbox, Slow, Stall
+from tests.sounds import DECODED_RATE, decoded
 
 MODEL = "Elevenlabs-Turbo-V2.5"
 KEY = "sk-test-of-the-sandbox"
@@ -51,9 +52,8 @@ def audio_of(api: httpx.Client, text: str, **fields: Any) -> httpx.Response:
 
 def decode(audio: bytes) -> tuple[float, float]:
     """Duration in seconds and loudness (root mean square of 16-bit samples)."""
-    miniaudio = pytest.importorskip("miniaudio")
-    decoded = miniaudio.decode(audio)
-    return decoded.duration, rms(decoded.samples)
+    samples = array.array("h", decoded(audio))
+    return len(samples) / DECODED_RATE, rms(samples)
 
 
 def rms(samples: "array.array[int]") -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -528,14 +529,12 @@ async def save_whole(job: Job, terms: Terms, chunks: AsyncIterator[bytes], parts
     Equal parts are one file, and were paid for once.
     """
     ledger = terms.ledger
-    saved = await ledger.destination.save(chunks, _stem(job, None))
+    saved = await ledger.destination.save(chunks, _stem(job, None), largest_bytes=math.inf)
     costs = [part.cost for part in {part.location: part for part in parts}.values() if part.cost is not None]
-    durations = [part.duration_seconds for part in parts if part.duration_seconds is not None]
     audio = saved.model_copy(
         update={
             "cost": sum(costs, Decimal(0)) if costs else None,
             "currency": next((part.currency for part in parts if part.currency), None),
-            "duration_seconds": sum(durations) if len(durations) == len(parts) else saved.duration_seconds,
         }
     )
     await ledger.run(_note_saved, job, ledger, 1, audio, parts=len(parts))

@@ -1,38 +1,27 @@
-"""Texts that are longer than a model takes: where to cut them, and how to put their audio together again."""
+"""Texts that are longer than a model takes: where to cut them."""
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Final
 
-from prefect_nanogpt.errors import AudioError, NanoGPTError
+from prefect_nanogpt.errors import NanoGPTError
 
-__all__ = ["can_be_split", "join", "split"]
+__all__ = ["can_be_split", "split"]
 
 PARAGRAPH: Final = re.compile(r"\n\s*\n\s*")
 SPACE: Final = re.compile(r"\s+")
-JOINABLE: Final = frozenset({"mp3", "wav", "ogg"})
-"""FLAC numbers its frames and MP4 lists its samples, so joining them takes more than putting them in a row."""
 
 
-def can_be_split(response_format: str | None) -> None:
-    """Make sure, before anything is paid for, that the audio of parts can be joined.
+def can_be_split() -> None:
+    """Make sure, before anything is paid for, that a text can be split.
 
     Raises:
-        NanoGPTError: The extra `long` is not installed (code `EXTRA_MISSING`), or the format cannot be joined (code
-            `INVALID_REQUEST`).
+        NanoGPTError: The extra `long` is not installed (code `EXTRA_MISSING`).
     """
-    if response_format in {"flac", "aac"}:
-        raise NanoGPTError(
-            f"The text is longer than the model takes, and parts in {response_format} cannot be joined without "
-            "encoding them anew: ask for mp3, wav or opus. Nothing was submitted.",
-            code="INVALID_REQUEST",
-        )
     try:
-        import av  # noqa: F401
         import sentencex  # noqa: F401
     except ImportError as error:
         raise NanoGPTError(
@@ -104,49 +93,3 @@ def _last(ends: list[int], text: str, start: int, limit: int, least: int = 1) ->
         if length >= least:
             found = end
     return found
-
-
-def join(parts: Sequence[Path], container: str, target: Path) -> None:
-    """Put audio files one behind the other without encoding anew, so that nothing is lost and hours take seconds.
-
-    Tags and index headers of the parts are left out; the result has a header of its own.
-
-    Args:
-        parts: The files, in order.
-        container: What all of them are: `mp3`, `wav` or `ogg`.
-        target: The file to write.
-
-    Raises:
-        AudioError: The parts differ in codec, sample rate or channels, or cannot be read.
-    """
-    import av
-
-    if container not in JOINABLE:
-        raise AudioError(f"Parts that are {container} cannot be joined.", code="AUDIO_NOT_JOINABLE")
-    kinds = set()
-    try:
-        with av.open(str(target), "w", format=container) as joined:
-            stream = None
-            end = 0
-            for part in parts:
-                with av.open(str(part)) as source:
-                    audio = source.streams.audio[0]
-                    kinds.add((audio.codec_context.name, audio.rate, audio.channels))
-                    if len(kinds) > 1:
-                        raise AudioError(f"The parts differ: {sorted(kinds)}.", code="AUDIO_NOT_JOINABLE")
-                    if stream is None:
-                        stream = joined.add_stream_from_template(audio)
-                    first = None
-                    offset = end
-                    for packet in source.demux(audio):
-                        if packet.pts is None or packet.dts is None:
-                            continue
-                        first = packet.pts if first is None else first
-                        packet.pts += offset - first
-                        packet.dts = packet.pts
-                        end = packet.pts + (packet.duration or 0)
-                        packet.time_base = audio.time_base or packet.time_base
-                        packet.stream = stream
-                        joined.mux(packet)
-    except (av.FFmpegError, IndexError) as error:
-        raise AudioError(f"The parts cannot be joined: {error}", code="AUDIO_NOT_JOINABLE") from None

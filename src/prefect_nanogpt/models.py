@@ -280,8 +280,10 @@ class AudioFile(BaseModel):
         content_type: The MIME type of the container.
         size_bytes: The size in bytes.
         sha256: The SHA-256 digest of the file, in hexadecimal.
-        duration_seconds: The length in seconds, where it is known.
-        peaks: Its outline: up to 120 peaks from 0 to 100 over its length; empty where it could not be decoded.
+        duration_seconds: How long it plays, in seconds, measured; None where that is not known.
+        peaks: Its outline: up to 120 peaks from 0 to 100 over its length; empty where it was not decoded, or is very
+            large.
+        is_decoded: Whether a decoder has played it from beginning to end, which takes the extra `audio`.
         source_url: Where the provider had it; None where it was found already saved, or came without a URL.
         ticket: The ticket of the job; None for models that answer at once.
         cost: What was charged, in `currency`, where the provider said.
@@ -299,6 +301,7 @@ class AudioFile(BaseModel):
     sha256: str
     duration_seconds: float | None = None
     peaks: tuple[int, ...] = Field((), repr=False)
+    is_decoded: bool = False
     source_url: str | None = None
     ticket: Ticket | None = None
     cost: Decimal | None = None

@@ -120,6 +120,12 @@ class Artifact:
             self._artifact = (await client.create_artifact(artifact)).id
 
 
+SOUND_UNCHECKED: Final = (
+    "The audio is saved. Its sound was not checked, and its duration may not be known: that takes a decoder, which "
+    "comes with the extra `audio` of prefect-nanogpt."
+)
+
+
 class Report:
     """The report of a run about one text. What is paid for is in the ledger; this only tells of it.
 
@@ -190,7 +196,7 @@ class Report:
         audio = said.audio
         self.ticket = audio.ticket or self.ticket
         self._is_done = True
-        note = "The audio is saved and verified."
+        note = "The audio is saved and verified." if audio.is_decoded else SOUND_UNCHECKED
         if not said.is_new:
             note = "The audio was there already, so nothing was sent and nothing was charged now."
             if said.paid_by is not None and said.paid_by.name:

@@ -28,28 +28,20 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from prefect.settings import PREFECT_HOME
 
+from prefect_nanogpt.audio import CONTENT_TYPES, EXTENSIONS, Sound, inspect
 from prefect_nanogpt.errors import AudioError, NanoGPTError, StorageError
 from prefect_nanogpt.models import AudioFile
-from prefect_nanogpt.waveform import measure
 
 try:
     import fcntl
 except ImportError:  # Windows, which refuses by itself to delete a file that is open
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["BLOCK", "Destination", "absolute", "container_of", "file_stem"]
+__all__ = ["BLOCK", "Destination", "absolute", "file_stem"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 LARGEST_AUDIO_BYTES: Final = 1024**3
-CONTENT_TYPES: Final = {
-    "mp3": "audio/mpeg",
-    "wav": "audio/wav",
-    "ogg": "audio/ogg",
-    "flac": "audio/flac",
-    "mp4": "audio/mp4",
-    "aac": "audio/aac",
-}
 # An upload to these shows under its name only once it is whole. Elsewhere it goes to another name first.
 _BUCKETS: Final = frozenset({"s3", "gs", "abfs", "memory"})
 # Their drivers create an object only where there is none, as one operation.
@@ -57,40 +49,11 @@ _EXCLUSIVE: Final = frozenset({"s3", "gs", "abfs", "memory"})
 BLOCK: Final = "remote-file-system/"
 CREATE_ATTEMPTS: Final = 5
 _ONE_THREAD: Final = threading.RLock()
-_HEAD_BYTES: Final = 12
 _BLOCK_BYTES: Final = 1024**2
 _PART: Final = ".part"
 # What a file system says that has no hard links.
 _NO_LINKS: Final = frozenset({errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
-_AUDIO_NAME: Final = re.compile(rf"\.({'|'.join(CONTENT_TYPES)}|opus|m4a)$", re.IGNORECASE)
-
-
-def container_of(head: bytes) -> str | None:
-    """Tell the container from the first bytes of a file (12 are enough); None where they are not audio.
-
-    Example:
-        >>> container_of(b"ID3\\x04\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00")
-        'mp3'
-    """
-    if head.startswith(b"ID3"):
-        return "mp3"
-    if head.startswith(b"RIFF") and head[8:12] == b"WAVE":
-        return "wav"
-    if head.startswith(b"OggS"):
-        return "ogg"
-    if head.startswith(b"fLaC"):
-        return "flac"
-    if head[4:8] == b"ftyp":
-        return "mp4"
-    if len(head) > 2 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0:
-        return "aac"
-    # An MPEG frame header: sync word, a version that exists, layer II or III, a bit rate that is not the forbidden one.
-    # Layer I is as good as extinct, and UTF-16 text begins like it.
-    if len(head) > 2 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0:
-        version, layer, bit_rate = head[1] >> 3 & 3, head[1] >> 1 & 3, head[2] >> 4
-        if version != 1 and layer in (1, 2) and bit_rate != 15:
-            return "mp3"
-    return None
+_AUDIO_NAME: Final = re.compile(rf"\.({'|'.join(EXTENSIONS)})$", re.IGNORECASE)
 
 
 def file_stem(run_id: str) -> str:
@@ -202,17 +165,27 @@ class Destination:
         folder._parent = (self, name)
         return folder
 
-    async def save(self, chunks: AsyncIterator[bytes], stem: str, *, expected_bytes: int | None = None) -> AudioFile:
+    async def save(
+        self,
+        chunks: AsyncIterator[bytes],
+        stem: str,
+        *,
+        expected_bytes: int | None = None,
+        largest_bytes: float = LARGEST_AUDIO_BYTES,
+        extension: str | None = None,
+    ) -> AudioFile:
         """Stream audio to its place. Other audio that has the name is kept beside, as `<name>.<digest>.<extension>`,
         or keeps the name, if nothing is to be displaced here.
 
         Args:
             chunks: The bytes of the audio.
-            stem: The name of the file; the extension follows from the bytes.
+            stem: The name of the file, without its extension.
             expected_bytes: The announced size, where there is one.
+            largest_bytes: The most that is accepted.
+            extension: The extension of the file; None for what the bytes are.
 
         Returns:
-            Location, container, size, digest and, where it can be told, duration.
+            Location, container, size, digest and, with the extra `audio`, duration and outline.
 
         Raises:
             AudioError: The audio is empty, cut short, too large, or not audio at all. Nothing is left behind.
@@ -221,7 +194,6 @@ class Destination:
         _remove_leftovers(self._staging, "*" if self.is_local else stem)
         digest = hashlib.sha256()
         size = 0
-        head = b""
         block = bytearray()
         writing: asyncio.Future[None] | None = None
         with self._explained(), _temporary_file(self._staging, stem) as (file, part):
@@ -233,10 +205,8 @@ class Destination:
             try:
                 async for chunk in chunks:
                     size += len(chunk)
-                    if size > LARGEST_AUDIO_BYTES:
-                        raise AudioError(f"The audio is larger than {LARGEST_AUDIO_BYTES} bytes.")
-                    if len(head) < _HEAD_BYTES:
-                        head += chunk[: _HEAD_BYTES - len(head)]
+                    if size > largest_bytes:
+                        raise AudioError(f"The audio is larger than {largest_bytes} bytes.")
                     block += chunk
                     if len(block) >= _BLOCK_BYTES:  # written while the next one comes in
                         if writing is not None:
@@ -246,26 +216,25 @@ class Destination:
             finally:
                 if writing is not None:
                     await writing
-            container = _checked(head, size, expected_bytes)
+            if expected_bytes is not None and size not in (0, expected_bytes):
+                raise AudioError(
+                    f"The audio was cut short: {size} of {expected_bytes} bytes.",
+                    code="AUDIO_TRUNCATED",
+                    retryable=True,
+                )
 
-            def finish() -> tuple[float | None, tuple[int, ...], str]:
+            def finish() -> tuple[Sound, str]:
                 write(block)
+                file.flush()
+                sound = inspect(part)
                 _sync(file)
-                duration, peaks = measure(part, container)
                 if fcntl is None:
                     file.close()
-                return duration, peaks, self._publish(part, stem, container, digest.hexdigest())
+                name = f"{stem}.{extension or sound.container}"
+                return sound, self._publish(part, name, digest.hexdigest())
 
-            duration, peaks, location = await self.run(finish)
-        return AudioFile(
-            location=location,
-            container=container,
-            content_type=CONTENT_TYPES[container],
-            size_bytes=size,
-            sha256=digest.hexdigest(),
-            duration_seconds=duration,
-            peaks=peaks,
-        )
+            sound, location = await self.run(finish)
+        return _audio_file(location, sound, size, digest.hexdigest())
 
     def location_of(self, name: str) -> str:
         """Give the path or URL of a file here. A block must have been used before, since asking for it blocks."""
@@ -399,7 +368,7 @@ class Destination:
             _sync(file)
             if fcntl is None:
                 file.close()
-            return self._publish(part, stem, audio.container, audio.sha256)
+            return self._publish(part, f"{stem}.{audio.container}", audio.sha256)
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file, whole or not at all, over what is there."""
@@ -418,25 +387,29 @@ class Destination:
             self.fs.find(self.root, prefix=_PART)
 
     def find(self, stem: str) -> AudioFile | None:
-        """Look for finished audio of that name, whatever its extension. Nothing but finished audio ever has it."""
+        """Look for finished audio of that name, whatever its extension; None also where it is damaged."""
         for name, size in self._audio_called(stem).items():
-            container = name.rpartition(".")[2]
             path = f"{self.root}/{name}"
-            duration, peaks = measure(Path(path), container) if self.is_local else (None, ())
-            return AudioFile(
-                location=self._location(path),
-                container=container,
-                content_type=CONTENT_TYPES[container],
-                size_bytes=size,
-                sha256=self._digest(path),
-                duration_seconds=duration,
-                peaks=peaks,
-            )
+            with tempfile.TemporaryDirectory() as temporary, suppress(AudioError):
+                sound = inspect(self.fetch(name, Path(temporary)))
+                return _audio_file(self._location(path), sound, size, self._digest(path))
         return None
 
-    def _audio_called(self, stem: str) -> dict[str, int]:
-        """List the audio of that name: file name and size in bytes."""
-        names = [f"{stem}.{container}" for container in CONTENT_TYPES]
+    def fetch(self, name: str, into: Path) -> Path:
+        """Give the path of a file here, or where this is not a local folder, of a copy of it in the folder `into`."""
+        if self.is_local:
+            path = Path(self.root, name)
+            path.stat()  # it must be there
+            return path
+        into.mkdir(exist_ok=True)
+        path = into / name
+        with self._turn():
+            self.fs.get_file(f"{self.root}/{name}", str(path))
+        return path
+
+    def _audio_called(self, stem: str, *extensions: str) -> dict[str, int]:
+        """List the audio of that name, with the extension of a container or one of these: file name, size in bytes."""
+        names = [f"{stem}.{extension}" for extension in {**CONTENT_TYPES, **dict.fromkeys(extensions)}]
         if self.is_local:  # listing a folder of thousands for each file is slow
             return {name: os.path.getsize(path) for name in names if (path := Path(self.root, name)).is_file()}
         here = self.list_files(f"{stem}.")
@@ -460,12 +433,12 @@ class Destination:
                 digest.update(chunk)
         return digest.hexdigest()
 
-    def _publish(self, part: Path, stem: str, container: str, sha256: str) -> str:
+    def _publish(self, part: Path, wanted: str, sha256: str) -> str:
         """Move audio to its name. Other audio that has the name was paid for, and is kept."""
-        wanted = f"{stem}.{container}"
+        stem, _, extension = wanted.rpartition(".")
         while True:
             is_there = False
-            for name in self._audio_called(stem):
+            for name in self._audio_called(stem, extension):
                 with suppress(FileNotFoundError):  # somebody else has moved it
                     old = self._digest(f"{self.root}/{name}")
                     is_there |= old == sha256
@@ -557,7 +530,7 @@ class Destination:
     def _content_type(self, name: str) -> dict[str, str]:
         """Name the MIME type as the driver wants it; drivers guess from the temporary name, which says nothing."""
         option = {"s3": "ContentType", "gs": "content_type"}
-        content_type = CONTENT_TYPES.get(name.rpartition(".")[2], "application/jsonl")
+        content_type = CONTENT_TYPES.get(EXTENSIONS.get(name.rpartition(".")[2], ""), "application/jsonl")
         return {option[protocol]: content_type for protocol in self._protocols & option.keys()}
 
     def _location(self, path: str) -> str:
@@ -590,6 +563,19 @@ class Destination:
         words = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
         is_final = isinstance(error, (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError))
         return StorageError(f"{self.save_to} cannot be used: {words.rstrip('.')}.", retryable=not is_final)
+
+
+def _audio_file(location: str, sound: Sound, size: int, sha256: str) -> AudioFile:
+    return AudioFile(
+        location=location,
+        container=sound.container,
+        content_type=CONTENT_TYPES[sound.container],
+        size_bytes=size,
+        sha256=sha256,
+        duration_seconds=sound.duration_seconds,
+        peaks=sound.peaks,
+        is_decoded=sound.is_decoded,
+    )
 
 
 def kept_name(name: str, sha256: str) -> str:
@@ -662,26 +648,6 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(opened)
         finally:
             os.close(opened)
-
-
-def _checked(head: bytes, size: int, expected_bytes: int | None) -> str:
-    if size == 0:
-        raise AudioError("The audio is empty.", code="AUDIO_EMPTY", retryable=True)
-    if expected_bytes is not None and size != expected_bytes:
-        raise AudioError(
-            f"The audio was cut short: {size} of {expected_bytes} bytes.",
-            code="AUDIO_TRUNCATED",
-            retryable=True,
-        )
-    container = container_of(head)
-    if container is None:
-        looks_like = "a web page" if head.lstrip()[:1] == b"<" else "JSON" if head.lstrip()[:1] in b"{[" else "data"
-        raise AudioError(
-            f"What the provider calls audio is {looks_like} that begins with {head!r}.",
-            code="AUDIO_INVALID",
-            retryable=True,
-        )
-    return container
 
 
 @contextmanager

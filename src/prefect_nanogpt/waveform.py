@@ -1,51 +1,16 @@
-"""The outline of audio: measured while it is saved, drawn in the report."""
+"""The pictures of the report: the outline of audio, and a queue over time."""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Final
 
-__all__ = ["draw_steps", "draw_waveform", "measure"]
+__all__ = ["draw_steps", "draw_waveform"]
 
-COLUMNS: Final = 120
-SAMPLE_RATE: Final = 8_000
-LARGEST_DRAWN_BYTES: Final = 32 * 1024**2
-"""Decoding takes about a second per hour of speech; a picture of more is not worth the wait."""
 WIDTH: Final = 720
 HEIGHT: Final = 96
 COLOR: Final = "#4f7df3"
-
-
-def measure(path: Path, container: str) -> tuple[float | None, tuple[int, ...]]:
-    """Decode audio to its duration in seconds and, unless it is very large, to 120 peaks from 0 to 100.
-
-    Without the `audio` extra, or for a container that it does not know, there are neither.
-    """
-    try:
-        import miniaudio
-    except ImportError:
-        return None, ()
-    describe = {
-        "mp3": miniaudio.mp3_get_file_info,
-        "wav": miniaudio.wav_get_file_info,
-        "flac": miniaudio.flac_get_file_info,
-        "ogg": miniaudio.vorbis_get_file_info,
-    }.get(container)
-    if describe is None:
-        return None, ()
-    try:
-        duration = float(describe(str(path)).duration)
-        if path.stat().st_size > LARGEST_DRAWN_BYTES:
-            return duration, ()
-        chunks = miniaudio.stream_file(
-            str(path), nchannels=1, sample_rate=SAMPLE_RATE, frames_to_read=int(duration * SAMPLE_RATE / COLUMNS) + 1
-        )
-        peaks = tuple(max(max(chunk), -min(chunk)) * 100 // 32_768 for chunk in chunks if chunk)
-    except (OSError, miniaudio.MiniaudioError):
-        return None, ()
-    return duration, peaks[:COLUMNS]
 
 
 def draw_waveform(peaks: Sequence[int]) -> str:

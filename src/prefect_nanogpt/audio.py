@@ -1,0 +1,466 @@
+"""What audio is: which container it is in, whether it is whole, and how long it plays.
+
+A file's own headers tell whether bytes are missing. Whether there is sound in it, and for how long, only a decoder can
+tell: PyAV, with the extra `audio`.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple
+
+from prefect_nanogpt.errors import AudioError
+
+if TYPE_CHECKING:
+    from av import AudioFrame, AudioResampler
+    from av.audio.stream import AudioStream
+    from av.container import InputContainer
+    from av.packet import Packet
+
+__all__ = [
+    "CONTENT_TYPES",
+    "Conversion",
+    "Headers",
+    "Sound",
+    "container_of",
+    "decode",
+    "inspect",
+    "open_audio",
+    "read_headers",
+]
+
+CONTENT_TYPES: Final = {
+    "mp3": "audio/mpeg",
+    "wav": "audio/wav",
+    "ogg": "audio/ogg",
+    "flac": "audio/flac",
+    "mp4": "audio/mp4",
+    "aac": "audio/aac",
+}
+EXTENSIONS: Final = {**{container: container for container in CONTENT_TYPES}, "m4a": "mp4", "opus": "ogg", "oga": "ogg"}
+"""The container by the extension of a file's name."""
+DEMUXERS: Final = {"mp3": "mp3", "wav": "wav", "ogg": "ogg", "flac": "flac", "mp4": "mov", "aac": "aac"}
+"""FFmpeg's demuxer for each container. Left to guess, it may take a text for a playlist and open what that names."""
+COLUMNS: Final = 120
+DRAWN_RATE: Final = 8_000
+DRAWN_SAMPLES: Final = 80
+LARGEST_DRAWN_BYTES: Final = 32 * 1024**2
+"""Drawing takes three times as long as decoding; a picture of more is not worth the wait."""
+LONGEST_SECONDS: Final = 100 * 3600
+"""A few bytes of silence can decode to hours, and nobody has a text of that length said in one file."""
+LARGEST_WAV_BYTES: Final = 0x7FFF_0000
+"""Programs that write a WAV as a stream do not know its size, and put this or more in its place, or 0."""
+PCM: Final = frozenset({0x0001, 0x0003, 0x0006, 0x0007, 0xFFFE})
+"""WAV formats with a fixed number of bytes a sample: integers, floats, A-law, mu-law, and the extensible form."""
+KILOBITS: Final = {
+    (1, 3): (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    (1, 2): (0, 32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
+    (2, 0): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+"""ISO/IEC 11172-3 and 13818-3: bit rates by version and layer; from version 2 on, both layers have the same."""
+MPEG_RATES: Final = (44_100, 48_000, 32_000)
+XING_SLACK_FRAMES: Final = 4
+"""Encoders count their own header frame or not, and decoders leave out the encoder's delay and padding."""
+MP4_SLACK_SECONDS: Final = 0.1
+"""Decoders leave out the priming samples, which some writers count."""
+ROUNDING_SECONDS: Final = 0.001
+
+
+class Headers(NamedTuple):
+    """What a file's headers say of it.
+
+    Attributes:
+        container: The container.
+        seconds: How long the headers say that it plays, in seconds, where they say.
+        slack: By how much that may be wrong, in seconds.
+        measured: How long it plays, in seconds, where that follows from the number of bytes.
+        is_chained: Whether several Ogg streams follow one another.
+    """
+
+    container: str
+    seconds: float | None = None
+    slack: float = 0.0
+    measured: float | None = None
+    is_chained: bool = False
+
+
+class Sound(NamedTuple):
+    """What there is to hear in a file.
+
+    Attributes:
+        container: The container.
+        duration_seconds: How long it plays, in seconds; None where there is no decoder to tell.
+        peaks: Its outline: up to 120 peaks from 0 to 100; none of files over 32 MiB.
+        is_decoded: Whether a decoder has played it from beginning to end.
+    """
+
+    container: str
+    duration_seconds: float | None
+    peaks: tuple[int, ...]
+    is_decoded: bool
+
+
+def container_of(head: bytes) -> str | None:
+    """Tell the container from the first bytes of a file (12 are enough); None where they are not audio.
+
+    Example:
+        >>> container_of(b"ID3\\x04\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00")
+        'mp3'
+    """
+    if head.startswith(b"ID3"):
+        return "mp3"
+    if head.startswith(b"RIFF") and head[8:12] == b"WAVE":
+        return "wav"
+    if head.startswith(b"OggS"):
+        return "ogg"
+    if head.startswith(b"fLaC"):
+        return "flac"
+    if head[4:8] == b"ftyp":
+        return "mp4"
+    if len(head) > 2 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0:
+        return "aac"
+    return "mp3" if _mpeg_frame(head[:4]) else None
+
+
+def inspect(path: Path) -> Sound:
+    """Play a file from beginning to end, without a sound, and tell what there is to hear.
+
+    Without the extra `audio`, only what the bytes themselves tell is checked.
+
+    Args:
+        path: A local file.
+
+    Raises:
+        AudioError: It is no audio (code `AUDIO_INVALID`), there is no sound in it (`AUDIO_EMPTY`), or it ends before
+            its own headers say (`AUDIO_TRUNCATED`). A download may go better.
+    """
+    with path.open("rb") as file:
+        headers = read_headers(file, path.stat().st_size)
+    try:
+        import av  # noqa: F401
+    except ImportError:
+        return Sound(headers.container, headers.measured, (), False)
+    seconds, peaks = _play(path, headers)
+    return Sound(headers.container, seconds, peaks, True)
+
+
+def read_headers(file: BinaryIO, size: int) -> Headers:
+    """Read what the headers of a file say, and make sure that all the bytes they announce are there.
+
+    Args:
+        file: The file, at any position.
+        size: Its size in bytes.
+
+    Raises:
+        AudioError: As `inspect` does.
+    """
+    if size == 0:
+        raise _empty("It has no bytes.")
+    start = 0
+    while (tag := _at(file, start, 10)).startswith(b"ID3") and len(tag) == 10:
+        has_footer = tag[5] & 0x10
+        start += 10 + sum((byte & 0x7F) << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=True))
+        start += 10 if has_footer else 0
+        if start >= size:
+            raise _empty("It is a tag without any sound.")
+    head = _at(file, start, 12)
+    if start and not head.strip(b"\0"):  # a tag whose padding is not counted in its size
+        padded = _at(file, start, 65_536)
+        start += len(padded) - len(padded.lstrip(b"\0"))
+        head = _at(file, start, 12)
+    container = container_of(head)
+    match container:
+        case "wav":
+            return _wav(file, size)
+        case "flac":
+            return _flac(file, start, size)
+        case "mp3":
+            return _mp3(file, start, size)
+        case "ogg":
+            return _ogg(file, size)
+        case "mp4":
+            return _mp4(file, size)
+        case "aac":
+            return Headers("aac")
+    looks_like = "a web page" if head.lstrip()[:1] == b"<" else "JSON" if head.lstrip()[:1] in b"{[" else "data"
+    raise _invalid(f"It is {looks_like} that begins with {head!r}.")
+
+
+def _at(file: BinaryIO, position: int, size: int) -> bytes:
+    file.seek(position)
+    return file.read(size)
+
+
+def _empty(why: str) -> AudioError:
+    return AudioError(f"There is no sound in the audio. {why}", code="AUDIO_EMPTY", retryable=True)
+
+
+def _invalid(why: str) -> AudioError:
+    return AudioError(f"This is not audio. {why}", code="AUDIO_INVALID", retryable=True)
+
+
+def _truncated(why: str) -> AudioError:
+    return AudioError(f"The audio was cut short: {why}.", code="AUDIO_TRUNCATED", retryable=True)
+
+
+def _wav(file: BinaryIO, size: int) -> Headers:
+    position, tag, bytes_per_second = 12, 0, 0
+    while len(chunk := _at(file, position, 8)) == 8:
+        name, length = struct.unpack("<4sI", chunk)
+        position += 8
+        if name == b"fmt ":
+            described = _at(file, position, 12)
+            if len(described) == 12:
+                tag, _, _, bytes_per_second = struct.unpack("<HHII", described)
+        if name == b"data":
+            there = size - position
+            if there <= 0:
+                raise _empty("It is a header without any samples.")
+            is_known = 0 < length < LARGEST_WAV_BYTES
+            if is_known and length > there:
+                raise _truncated(f"its header says {length} bytes of sound, and {there} are there")
+            seconds = (length if is_known else there) / bytes_per_second if bytes_per_second else None
+            return Headers("wav", measured=seconds if tag in PCM else None)
+        position += length + length % 2
+    raise _empty("It is a header without any samples.")
+
+
+def _flac(file: BinaryIO, start: int, size: int) -> Headers:
+    position, rate, samples = start + 4, 0, 0
+    is_last = False
+    while not is_last and len(block := _at(file, position, 4)) == 4:
+        is_last = bool(block[0] & 0x80)
+        length = int.from_bytes(block[1:])
+        if block[0] & 0x7F == 0:
+            packed = int.from_bytes(_at(file, position + 14, 8))
+            rate, samples = packed >> 44, packed & 0xF_FFFF_FFFF
+        position += 4 + length
+    if position >= size:
+        raise _empty("It is a header without any frames.")
+    return Headers("flac", samples / rate if rate and samples else None)
+
+
+def _mpeg_frame(header: bytes) -> tuple[int, int, int] | None:
+    """Read the header of an MPEG audio frame: samples in the frame, sample rate, and length in bytes, 0 if not told.
+
+    None where it is no such header. Layer I is as good as extinct, and UTF-16 text begins like it.
+    """
+    if len(header) < 3 or header[0] != 0xFF or header[1] & 0xE0 != 0xE0:
+        return None
+    version = {3: 1, 2: 2, 0: 4}.get(header[1] >> 3 & 3, 0)
+    layer = 4 - (header[1] >> 1 & 3)
+    bit_rate, sample_rate, is_padded = header[2] >> 4, header[2] >> 2 & 3, header[2] >> 1 & 1
+    if not version or layer not in (2, 3) or bit_rate == 15 or sample_rate == 3:
+        return None
+    samples = 576 if layer == 3 and version > 1 else 1152
+    rate = MPEG_RATES[sample_rate] // version
+    kilobits = KILOBITS[(1, layer) if version == 1 else (2, 0)][bit_rate]
+    return samples, rate, samples // 8 * kilobits * 1000 // rate + is_padded if kilobits else 0
+
+
+def _mp3(file: BinaryIO, start: int, size: int) -> Headers:
+    """Read the Xing or VBRI header in the first frame, with which encoders tell how many frames and bytes there are."""
+    head = _at(file, start, 4)
+    frame = _mpeg_frame(head)
+    if frame is None:
+        return Headers("mp3")
+    samples, rate, _ = frame
+    is_mono, is_version_1 = head[3:4] >= b"\xc0", head[1] & 0x18 == 0x18
+    side_info = (17 if is_mono else 32) if is_version_1 else (9 if is_mono else 17)
+    name, flags, frames, length = struct.unpack(">4sIII", _at(file, start + 4 + side_info, 16).ljust(16, b"\0"))
+    if name not in (b"Xing", b"Info"):
+        name, _, length, frames = struct.unpack(">4s6sII", _at(file, start + 36, 18).ljust(18, b"\0"))
+        if name != b"VBRI":
+            return Headers("mp3")
+        flags = 3
+    if not flags & 1:
+        return Headers("mp3")
+    slack = XING_SLACK_FRAMES * samples / rate
+    seconds = frames * samples / rate
+    there = size - start
+    if flags & 2 and seconds > slack and length * (1 - slack / seconds) > there:
+        raise _truncated(f"its header says {length} bytes, and {there} are there")
+    return Headers("mp3", seconds or None, slack)
+
+
+def _ogg(file: BinaryIO, size: int) -> Headers:
+    """Follow the pages. By RFC 7845 a stream whose end is not marked was cut short."""
+    position, streams, last_granule = 0, 0, 0
+    open_streams: set[bytes] = set()
+    while position < size:
+        page = _at(file, position, 27)
+        if page[:4] != b"OggS"[: len(page)]:
+            break  # something else behind the last page
+        segments = _at(file, position + 27, page[26]) if len(page) == 27 else b""
+        end = position + 27 + len(segments) + sum(segments)
+        if len(page) < 27 or len(segments) < page[26] or end > size:
+            raise _truncated("it ends in the middle of a page")
+        kind, granule, serial = page[5], int.from_bytes(page[6:14], "little", signed=True), page[14:18]
+        last_granule = max(last_granule, granule)
+        if kind & 2:
+            streams += 1
+            open_streams.add(serial)
+        if kind & 4:
+            open_streams.discard(serial)
+        position = end
+    if last_granule == 0:
+        raise _empty("It is a header without any samples.")
+    if open_streams:
+        raise _truncated("the end of the stream is not there")
+    return Headers("ogg", is_chained=streams > 1)
+
+
+def _mp4(file: BinaryIO, size: int) -> Headers:
+    """Follow the boxes; a box of size 0 goes to the end of the file, one of size 1 has its size behind its name."""
+    position, seen = 0, set()
+    while len(box := _at(file, position, 16)) >= 8:
+        length, name = struct.unpack(">I4s", box[:8])
+        seen.add(name)
+        if length == 1 and len(box) == 16:
+            length = int.from_bytes(box[8:])
+        if length < 8:
+            break
+        position += length
+    if position > size:
+        raise _truncated(f"its header says {position} bytes, and {size} are there")
+    if b"moov" not in seen:
+        raise _truncated("its index is not there") if b"mdat" in seen else _empty("It is a header without any samples.")
+    return Headers("mp4")
+
+
+def _play(path: Path, headers: Headers) -> tuple[float, tuple[int, ...]]:
+    """Decode a file to its duration in seconds and, unless it is very large, its outline."""
+    import av
+
+    outline = _Outline() if path.stat().st_size <= LARGEST_DRAWN_BYTES else None
+    samples: Counter[int] = Counter()
+    announced, slack = headers.seconds, headers.slack
+    cut: str | None = None
+    with open_audio(path, headers.container) as source:
+        stream = source.streams.audio[0]
+        if headers.container == "mp4" and stream.duration and stream.time_base:
+            announced, slack = float(stream.duration * stream.time_base), MP4_SLACK_SECONDS
+        try:
+            for packet, frames in decode(source):
+                if packet.size:
+                    cut = _how_cut(packet, frames, headers.container)
+                for frame in frames or ():
+                    samples[frame.sample_rate] += frame.samples
+                    if outline:
+                        outline.add(frame)
+                if samples.total() > LONGEST_SECONDS * max(samples, default=1):
+                    raise _invalid(f"It plays for more than {LONGEST_SECONDS // 3600} hours.")
+        except av.FFmpegError as error:
+            cut = f"what follows cannot be decoded ({error.strerror})"
+    seconds = float(sum(Fraction(count, rate) for rate, count in samples.items()))
+    if not seconds:
+        raise _empty("Nothing in it can be decoded.")
+    if announced is not None and seconds < announced - slack - ROUNDING_SECONDS:
+        raise _truncated(f"its header says {announced:.2f} s, and {seconds:.2f} s play")
+    if cut is not None and (announced is None or abs(seconds - announced) > ROUNDING_SECONDS):
+        raise _truncated(f"{seconds:.2f} s play, and {cut}")
+    return seconds, outline.columns() if outline else ()
+
+
+def open_audio(path: Path, container: str) -> InputContainer:
+    """Open a file to decode it.
+
+    Raises:
+        AudioError: It cannot be opened, or has no sound track (code `AUDIO_INVALID`).
+    """
+    import av
+
+    try:
+        source = av.open(str(path), format=DEMUXERS[container], options={"protocol_whitelist": "file"})
+    except (av.FFmpegError, ValueError) as error:
+        raise _invalid(f"The {container} cannot be opened: {getattr(error, 'strerror', None) or error}.") from None
+    if not source.streams.audio:
+        source.close()
+        raise _invalid(f"The {container} has no sound track.")
+    return source
+
+
+def decode(source: InputContainer) -> Iterator[tuple[Packet[AudioStream], list[AudioFrame] | None]]:
+    """Decode the first sound track packet by packet; None in the place of a packet that is damaged."""
+    import av
+
+    for packet in source.demux(source.streams.audio[0]):
+        try:
+            yield packet, packet.decode()
+        except av.FFmpegError:
+            yield packet, None
+
+
+def _how_cut(packet: Packet[AudioStream], frames: list[AudioFrame] | None, container: str) -> str | None:
+    """Say in which way a packet is not whole, which, if it is the last one, means that the file is not."""
+    if container == "mp3":
+        data = bytes(packet)
+        if data[:1] != b"\xff":
+            return None  # a tag, or padding
+        frame = _mpeg_frame(data[:4])
+        return "the last frame is not whole" if len(data) < 4 or (frame and frame[2] > len(data)) else None
+    if container == "aac" and bytes(packet)[:1] != b"\xff":
+        return None
+    return "the last frame is damaged" if frames is None and container in ("aac", "flac") else None
+
+
+class _Outline:
+    """The peaks of audio, taken while it is decoded, when its length is not known yet."""
+
+    def __init__(self) -> None:
+        self._levels = array("B")
+        self._rest = array("h")
+        self._to_drawn = Conversion("s16", "mono", DRAWN_RATE)
+
+    def add(self, frame: AudioFrame) -> None:
+        for converted in self._to_drawn.convert(frame):
+            self._rest.frombytes(bytes(converted.planes[0])[: 2 * converted.samples])
+        whole = len(self._rest) - len(self._rest) % DRAWN_SAMPLES
+        for start in range(0, whole, DRAWN_SAMPLES):
+            here = self._rest[start : start + DRAWN_SAMPLES]
+            self._levels.append(min(100, max(max(here), -min(here)) * 100 // 32_768))
+        del self._rest[:whole]
+
+    def columns(self) -> tuple[int, ...]:
+        columns = min(COLUMNS, len(self._levels))
+        bounds = [len(self._levels) * column // columns for column in range(columns + 1)]
+        return tuple(max(self._levels[start:end]) for start, end in pairwise(bounds))
+
+
+class Conversion:
+    """Converts frames to one sample format, layout and rate, also where theirs change on the way.
+
+    Args:
+        sample_format: FFmpeg's name of the sample format, such as `s16`.
+        layout: `mono` or `stereo`, or another of FFmpeg's names.
+        rate: Samples a second.
+    """
+
+    def __init__(self, sample_format: str, layout: str, rate: int) -> None:
+        self._target = (sample_format, layout, rate)
+        self._source: tuple[str, str, int] | None = None
+        self._resampler: AudioResampler | None = None
+
+    def convert(self, frame: AudioFrame) -> list[AudioFrame]:
+        """Convert a frame; some of it may come with the next one."""
+        import av
+
+        source = (frame.format.name, frame.layout.name, frame.sample_rate)
+        converted: list[AudioFrame] = []
+        if source != self._source:
+            converted = self.flush()
+            self._source, self._resampler = source, av.AudioResampler(*self._target)
+        assert self._resampler is not None
+        frame.pts = None
+        return converted + self._resampler.resample(frame)
+
+    def flush(self) -> list[AudioFrame]:
+        """Give what is left."""
+        resampler, self._resampler, self._source = self._resampler, None, None
+        return resampler.resample(None) if resampler else []

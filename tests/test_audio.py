@@ -1,0 +1,290 @@
+"""Audio is what it says it is: told by a decoder, and judged here by another one."""
+
+import random
+import struct
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from prefect_nanogpt.audio import container_of, inspect
+from prefect_nanogpt.errors import AudioError
+from prefect_nanogpt.storage import Destination
+from tests.conftest import files_in
+from tests.sounds import CONTAINERS, FORMS, played, tone
+
+SECONDS = 3.0
+ID3 = b"ID3\x04\x00\x00\x00\x00\x01\x00" + b"TIT2\x00\x00\x00\x05\x00\x00\x03Tag!" + bytes(113)
+FAULTS = {"AUDIO_EMPTY", "AUDIO_INVALID", "AUDIO_TRUNCATED"}
+NOT_TOLD_BY_ITS_END = "aac", "mp3 without a total", "mp3 of variable rate without a total"
+"""Of these, nothing says how long they should be: cut between two frames, they are shorter audio."""
+
+
+async def save(content: bytes, folder: Path) -> float | None:
+    async def chunks() -> AsyncIterator[bytes]:
+        yield content
+
+    audio = await Destination(folder).save(chunks(), "speech")
+    assert audio.is_decoded
+    assert Path(audio.location).read_bytes() == content
+    return audio.duration_seconds
+
+
+@pytest.mark.parametrize(
+    ("head", "container"),
+    [
+        (b"ID3\x03\x00\x00\x00\x00\x00\x00", "mp3"),
+        (b"\xff\xfb\x90\x64\x00\x00", "mp3"),
+        (b"\xff\xf3\x40\xc0\x00\x00", "mp3"),
+        (b"\xff\xf2\x40\xc0\x00\x00", "mp3"),
+        (b"\xff\xe3\x18\xc4\x00\x00", "mp3"),
+        (b"RIFF\x24\x00\x00\x00WAVEfmt ", "wav"),
+        (b"OggS\x00\x02\x00\x00", "ogg"),
+        (b"fLaC\x00\x00\x00\x22", "flac"),
+        (b"\x00\x00\x00\x20ftypM4A ", "mp4"),
+        (b"\xff\xf1\x50\x80\x00\x00", "aac"),
+        (b"\xff\xf9\x50\x80\x00\x00", "aac"),
+        (b"RIFF\x24\x00\x00\x00AVI LIST", None),
+        (b"RIFF", None),
+        (b"\xff\xff\xff\xff", None),
+        (b"\xff\xfe<\x00h\x00", None),
+        (b"\xff\xfb", None),
+        (b"\xff\xeb\x90\x64", None),
+        (b"<!doctype html>", None),
+        (b'{"error": "expired"}', None),
+        (b"%PDF-1.7", None),
+        (b"PK\x03\x04", None),
+        (bytes(12), None),
+        (b"", None),
+    ],
+)
+def test_the_container_is_told_by_the_first_bytes(head: bytes, container: str | None) -> None:
+    assert container_of(head[:12]) == container
+
+
+@pytest.mark.parametrize("form", FORMS)
+class TestEveryForm:
+    async def test_whole_audio_is_saved_and_its_duration_is_what_plays(self, form: str, tmp_path: Path) -> None:
+        duration = await save(tone(form, SECONDS), tmp_path)
+        [path] = files_in(tmp_path)
+        assert path.name == f"speech.{CONTAINERS[form]}"
+        assert duration == pytest.approx(played(path), abs=0.1)
+        assert duration == pytest.approx(SECONDS, abs=0.1)
+
+    async def test_its_outline_is_drawn_over_its_length(self, form: str, tmp_path: Path) -> None:
+        path = tmp_path / "tone"
+        path.write_bytes(tone(form, SECONDS))
+        peaks = inspect(path).peaks
+        assert len(peaks) == 120
+        assert min(peaks[2:-2]) > 3
+        assert max(peaks) < 60
+
+    @pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
+    async def test_what_is_cut_is_never_saved(self, form: str, share: float, tmp_path: Path) -> None:
+        content = tone(form, SECONDS)
+        cut = content[: int(len(content) * share) // 2 * 2 + 1]
+        with pytest.raises(AudioError, match="AUDIO_TRUNCATED: The audio was cut short: ") as caught:
+            await save(cut, tmp_path)
+        assert caught.value.retryable
+        assert list(tmp_path.iterdir()) == []
+
+    async def test_a_header_alone_is_no_audio(self, form: str, tmp_path: Path) -> None:
+        content = tone(form, SECONDS)
+        for size in (12, 20, 44, 100):
+            with pytest.raises(AudioError) as caught:
+                await save(content[:size], tmp_path)
+            assert caught.value.code in FAULTS
+            assert caught.value.retryable
+        assert list(tmp_path.iterdir()) == []
+
+    async def test_wherever_it_is_cut_it_is_refused_or_plays_what_is_said(self, form: str, tmp_path: Path) -> None:
+        content = tone(form, SECONDS)
+        random_size = random.Random(form)
+        for _ in range(25):
+            size = random_size.randrange(1, len(content) - 1)
+            try:
+                duration = await save(content[:size], tmp_path)
+            except AudioError:
+                continue
+            [path] = files_in(tmp_path)
+            assert duration == pytest.approx(played(path, complaints=True), abs=0.1)
+            # What is missing is not to be heard, or nothing says that it was ever there.
+            assert duration > SECONDS - 0.1 or form in NOT_TOLD_BY_ITS_END
+            path.unlink()
+
+
+async def test_a_tag_alone_is_no_audio(tmp_path: Path) -> None:
+    for content in (ID3, ID3 + ID3, ID3[:10], ID3 + bytes(400)):
+        with pytest.raises(AudioError) as caught:
+            await save(content, tmp_path)
+        assert caught.value.code in FAULTS
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_wav_header_of_44_bytes_is_no_audio(tmp_path: Path) -> None:
+    for size in (0, 40_000, 0xFFFF_FFFF):
+        header = struct.pack(
+            "<4sI4s4sIHHIIHH4sI", b"RIFF", size, b"WAVE", b"fmt ", 16, 1, 1, 8000, 8000, 1, 8, b"data", size
+        )
+        assert len(header) == 44
+        with pytest.raises(AudioError, match="AUDIO_EMPTY: There is no sound in the audio"):
+            await save(header, tmp_path)
+
+
+@pytest.mark.parametrize("form", ["mp3", "flac", "aac"])
+async def test_a_tag_before_the_audio_is_passed_over(form: str, tmp_path: Path) -> None:
+    await save(ID3 + tone(form, SECONDS), tmp_path)
+    [path] = files_in(tmp_path)
+    assert path.suffix == f".{CONTAINERS[form]}"
+
+
+@pytest.mark.parametrize("tail", [b"TAG" + bytes(125), b"APETAGEX" + bytes(100), bytes(500), ID3], ids=str)
+@pytest.mark.parametrize("form", ["mp3", "mp3 without a total", "mp3 of variable rate"])
+async def test_what_follows_the_last_frame_of_an_mp3_does_not_make_it_cut(
+    form: str, tail: bytes, tmp_path: Path
+) -> None:
+    assert await save(tone(form, SECONDS) + tail, tmp_path) == pytest.approx(SECONDS, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "forms",
+    [
+        ("mp3", "mp3", "mp3"),
+        ("mp3", "mp3 of variable rate"),
+        ("mp3 without a total",) * 2,
+        ("ogg opus",) * 2,
+        ("ogg vorbis",) * 2,
+        ("flac",) * 2,
+        ("aac",) * 2,
+        ("wav",) * 2,
+    ],
+    ids=" + ".join,
+)
+async def test_files_that_were_joined_byte_by_byte_last_as_long_as_they_play(
+    forms: tuple[str, ...], tmp_path: Path
+) -> None:
+    duration = await save(b"".join(tone(form, SECONDS) for form in forms), tmp_path)
+    [path] = files_in(tmp_path)
+    assert duration == pytest.approx(played(path, complaints=True), abs=0.1)
+    # Of two WAVs in a row every player plays the first.
+    assert duration == pytest.approx(SECONDS * (1 if forms[0] == "wav" else len(forms)), abs=0.2)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if not form.startswith("m4a")])
+async def test_audio_that_was_written_as_a_stream_is_whole(form: str, tmp_path: Path) -> None:
+    content = tone(form, SECONDS, is_streamed=True)
+    duration = await save(content, tmp_path)
+    [path] = files_in(tmp_path)
+    assert duration == pytest.approx(played(path), abs=0.1)
+    assert duration == pytest.approx(SECONDS, abs=0.1)
+
+
+@pytest.mark.parametrize("size", [0, 0x7FFF_0000, 0x7FFF_FFFF, 0xFFFF_FFFF])
+async def test_a_wav_whose_size_is_not_known_plays_to_its_end(size: int, tmp_path: Path) -> None:
+    content = bytearray(tone("wav", SECONDS))
+    at = content.index(b"data") + 4
+    content[4:8] = content[at : at + 4] = struct.pack("<I", size)
+    assert await save(bytes(content), tmp_path) == pytest.approx(SECONDS, abs=0.01)
+
+
+async def test_a_flac_without_a_total_plays_to_its_end(tmp_path: Path) -> None:
+    content = bytearray(tone("flac", SECONDS))
+    content[21] &= 0xF0
+    content[22:26] = bytes(4)
+    assert await save(bytes(content), tmp_path) == pytest.approx(SECONDS, abs=0.01)
+
+
+async def test_a_video_without_sound_is_no_audio(tmp_path: Path) -> None:
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    path = tmp_path / "film.mp4"
+    source = ["-f", "lavfi", "-i", "testsrc=duration=1:size=64x64"]
+    subprocess.run([get_ffmpeg_exe(), "-loglevel", "error", *source, str(path)], check=True)
+    with pytest.raises(AudioError, match=r"AUDIO_INVALID: This is not audio\. The mp4 has no sound track"):
+        inspect(path)
+
+
+WITHOUT_DECODER = """
+import json, sys
+sys.modules["av"] = None
+from pathlib import Path
+from prefect_nanogpt.audio import inspect
+from prefect_nanogpt.errors import AudioError
+for path in map(Path, sys.argv[1:]):
+    try:
+        print(json.dumps(inspect(path)))
+    except AudioError as error:
+        print(json.dumps(error.code))
+"""
+
+
+def test_without_a_decoder_the_bytes_still_tell_what_they_can(tmp_path: Path) -> None:
+    import json
+
+    contents = {
+        "whole.wav": tone("wav", SECONDS),
+        "half.wav": tone("wav", SECONDS)[:50_000],
+        "header.wav": tone("wav", SECONDS)[:44],
+        "whole.mp3": tone("mp3", SECONDS),
+        "joined.mp3": tone("mp3", SECONDS) * 2,
+        "half.mp3": tone("mp3", SECONDS)[:10_000],
+        "tag.mp3": ID3,
+        "whole.flac": tone("flac", SECONDS),
+        "half.ogg": tone("ogg opus", SECONDS)[:10_000],
+        "half.m4a": tone("m4a", SECONDS)[:10_000],
+        "page.mp3": b"<!doctype html>",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    command = [sys.executable, "-c", WITHOUT_DECODER, *(str(tmp_path / name) for name in contents)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert dict(zip(contents, map(json.loads, told), strict=True)) == {
+        "whole.wav": ["wav", pytest.approx(SECONDS), [], False],
+        "half.wav": "AUDIO_TRUNCATED",
+        "header.wav": "AUDIO_EMPTY",
+        "whole.mp3": ["mp3", None, [], False],
+        "joined.mp3": ["mp3", None, [], False],
+        "half.mp3": "AUDIO_TRUNCATED",
+        "tag.mp3": "AUDIO_EMPTY",
+        "whole.flac": ["flac", None, [], False],
+        "half.ogg": "AUDIO_TRUNCATED",
+        "half.m4a": "AUDIO_TRUNCATED",
+        "page.mp3": "AUDIO_INVALID",
+    }
+
+
+FUZZ = """
+import random, sys
+from pathlib import Path
+from prefect_nanogpt.audio import inspect
+from prefect_nanogpt.errors import AudioError
+
+content, path, tries = Path(sys.argv[1]).read_bytes(), Path(sys.argv[2]), int(sys.argv[3])
+dice = random.Random(sys.argv[3] + Path(sys.argv[1]).name)
+refused = 0
+for number in range(tries):
+    broken = bytearray(content)
+    for _ in range(dice.choice([1, 3, 30, 300])):
+        at = dice.randrange(dice.choice([64, len(broken)]))
+        broken[at] = dice.choice([0, 0xFF, 0x7F, dice.randrange(256)])
+    if number % 3 == 0:
+        at = dice.randrange(len(broken))
+        del broken[at : at + dice.randrange(2000)]
+    path.write_bytes(broken)
+    try:
+        inspect(path)
+    except AudioError:
+        refused += 1
+print(refused)
+"""
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_broken_audio_neither_crashes_nor_hangs_the_decoder(form: str, tmp_path: Path) -> None:
+    (tmp_path / "tone").write_bytes(tone(form, 0.5))
+    command = [sys.executable, "-c", FUZZ, str(tmp_path / "tone"), str(tmp_path / "broken"), "150"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) > 5

@@ -49,7 +49,7 @@ DEMUXERS: Final = {"mp3": "mp3", "wav": "wav", "ogg": "ogg", "flac": "flac", "mp
 """FFmpeg's demuxer for each container. Left to guess, it may take a text for a playlist and open what that names."""
 COLUMNS: Final = 120
 DRAWN_RATE: Final = 8_000
-DRAWN_SAMPLES: Final = 80
+DRAWN_SAMPLES: Final = 160
 LARGEST_DRAWN_BYTES: Final = 32 * 1024**2
 """Drawing takes three times as long as decoding; a picture of more is not worth the wait."""
 LONGEST_SECONDS: Final = 100 * 3600
@@ -423,8 +423,8 @@ class _Outline:
             self._rest.frombytes(bytes(converted.planes[0])[: 2 * converted.samples])
         whole = len(self._rest) - len(self._rest) % DRAWN_SAMPLES
         for start in range(0, whole, DRAWN_SAMPLES):
-            here = self._rest[start : start + DRAWN_SAMPLES]
-            self._levels.append(min(100, max(max(here), -min(here)) * 100 // 32_768))
+            here = self._rest[start : start + DRAWN_SAMPLES].tolist()
+            self._levels.append(max(max(here), -min(here)) * 100 // 32_768)
         del self._rest[:whole]
 
     def columns(self) -> tuple[int, ...]:

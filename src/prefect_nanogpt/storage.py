@@ -171,7 +171,7 @@ class Destination:
         stem: str,
         *,
         expected_bytes: int | None = None,
-        largest_bytes: float = LARGEST_AUDIO_BYTES,
+        largest_bytes: float | None = None,
         extension: str | None = None,
     ) -> AudioFile:
         """Stream audio to its place. Other audio that has the name is kept beside, as `<name>.<digest>.<extension>`,
@@ -181,7 +181,7 @@ class Destination:
             chunks: The bytes of the audio.
             stem: The name of the file, without its extension.
             expected_bytes: The announced size, where there is one.
-            largest_bytes: The most that is accepted.
+            largest_bytes: The most that is accepted; None for what a download may have.
             extension: The extension of the file; None for what the bytes are.
 
         Returns:
@@ -191,6 +191,7 @@ class Destination:
             AudioError: The audio is empty, cut short, too large, or not audio at all. Nothing is left behind.
             StorageError: It cannot be written.
         """
+        largest_bytes = LARGEST_AUDIO_BYTES if largest_bytes is None else largest_bytes
         _remove_leftovers(self._staging, "*" if self.is_local else stem)
         digest = hashlib.sha256()
         size = 0

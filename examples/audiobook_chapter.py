@@ -2,8 +2,8 @@
 
     python examples/audiobook_chapter.py [CHAPTER.txt]
 
-The text is cut where paragraphs and sentences end, each part is a job, and their audio is joined without encoding it
-anew. Without an API key, the sandbox reads.
+The text is cut where paragraphs and sentences end, each part is a job, and their audio is joined into one file.
+Without an API key, the sandbox reads.
 
     pip install "prefect-nanogpt[long]"
 """

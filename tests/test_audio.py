@@ -1,19 +1,28 @@
 """Audio is what it says it is: told by a decoder, and judged here by another one."""
 
+import json
 import random
 import struct
 import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from imageio_ffmpeg import get_ffmpeg_exe
 
+from prefect_nanogpt import NanoGPTCredentials
 from prefect_nanogpt.audio import container_of, inspect
 from prefect_nanogpt.errors import AudioError
+from prefect_nanogpt.flows import text_to_speech, text_to_speech_batch
+from prefect_nanogpt.models import PollSchedule
+from prefect_nanogpt.sandbox import Answer, Sandbox
 from prefect_nanogpt.storage import Destination
 from tests.conftest import files_in
 from tests.sounds import CONTAINERS, FORMS, played, tone
+from tests.test_batch import manifest_in
+from tests.test_paid_once import payloads_where, report_of
 
 SECONDS = 3.0
 ID3 = b"ID3\x04\x00\x00\x00\x00\x01\x00" + b"TIT2\x00\x00\x00\x05\x00\x00\x03Tag!" + bytes(113)
@@ -197,8 +206,6 @@ async def test_a_flac_without_a_total_plays_to_its_end(tmp_path: Path) -> None:
 
 
 async def test_a_video_without_sound_is_no_audio(tmp_path: Path) -> None:
-    from imageio_ffmpeg import get_ffmpeg_exe
-
     path = tmp_path / "film.mp4"
     source = ["-f", "lavfi", "-i", "testsrc=duration=1:size=64x64"]
     subprocess.run([get_ffmpeg_exe(), "-loglevel", "error", *source, str(path)], check=True)
@@ -221,8 +228,6 @@ for path in map(Path, sys.argv[1:]):
 
 
 def test_without_a_decoder_the_bytes_still_tell_what_they_can(tmp_path: Path) -> None:
-    import json
-
     contents = {
         "whole.wav": tone("wav", SECONDS),
         "half.wav": tone("wav", SECONDS)[:50_000],
@@ -253,6 +258,63 @@ def test_without_a_decoder_the_bytes_still_tell_what_they_can(tmp_path: Path) ->
         "half.m4a": "AUDIO_TRUNCATED",
         "page.mp3": "AUDIO_INVALID",
     }
+
+
+@pytest.fixture
+def terms(credentials: NanoGPTCredentials, save_to: str, quick: PollSchedule) -> dict[str, Any]:
+    return {"credentials": credentials, "save_to": save_to, "poll": quick}
+
+
+class TestWhatIsSaidOfIt:
+    async def test_row_manifest_event_and_report_have_the_duration_that_plays(
+        self, terms: dict[str, Any], save_to: str, sandbox: Sandbox
+    ) -> None:
+        joined = Answer(body=tone("mp3", SECONDS) * 4)
+        sandbox.on_audio(None, [joined, joined])
+
+        [row] = await text_to_speech_batch([{"id": "a", "text": "Four in a row."}], **terms)
+        state = await text_to_speech("Four more in a row.", **terms, return_state=True)
+
+        audio = await state.aresult()
+        plays = played(str(row.location), complaints=True)
+        assert plays == pytest.approx(4 * SECONDS, abs=0.2)
+        for duration in (row.duration_seconds, manifest_in(save_to)["a"].duration_seconds, audio.duration_seconds):
+            assert duration == pytest.approx(plays, abs=0.1)
+        for about in (row, audio):
+            assert about.ticket is not None
+            [event] = [
+                sent for said, sent in await payloads_where("run_id", about.ticket.run_id) if said == "completed"
+            ]
+            assert event["duration_seconds"] == pytest.approx(plays, abs=0.1)
+        report = await report_of(state.state_details.flow_run_id)
+        assert f"{audio.duration_seconds:.2f} s" in report
+        assert "saved and verified" in report
+
+    async def test_the_duration_that_the_provider_says_is_not_taken_for_what_plays(
+        self, terms: dict[str, Any], sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "av", None)
+        sandbox.on_audio(None, [Answer(body=tone("mp3", SECONDS) * 4)] * 2)
+        said = {"audioUrl": f"{sandbox.audio_url}/a.mp3", "duration": 3.0}
+        sandbox.on_submit([Answer(json=said)])
+
+        state = await text_to_speech("At once.", **terms, return_state=True)
+
+        audio = await state.aresult()
+        assert (audio.duration_seconds, audio.peaks, audio.is_decoded) == (None, (), False)
+        report = await report_of(state.state_details.flow_run_id)
+        assert "Its sound was not checked" in report
+        assert "verified" not in report
+
+    async def test_half_a_file_of_a_line_is_fetched_again_and_harms_no_other(
+        self, terms: dict[str, Any], sandbox: Sandbox
+    ) -> None:
+        half = tone("wav", SECONDS)[:30_001]
+        sandbox.on_audio(None, [Answer(body=half), None, Answer(body=half)])
+        rows = await text_to_speech_batch([{"id": f"{n}", "text": f"Line {n}."} for n in range(3)], **terms)
+        assert all(row.is_completed and row.duration_seconds for row in rows)
+        assert len(sandbox.requests("audio")) == 5
+        assert len(sandbox.ledger.charges) == 3
 
 
 FUZZ = """

@@ -34,6 +34,7 @@ from prefect_nanogpt.polling import poll
 from prefect_nanogpt.sandbox import Answer, Cut, Hang, Redirect, Sandbox
 from prefect_nanogpt.storage import Destination
 from tests.conftest import API_KEY, eventually
+from tests.sounds import tone
 
 TABLE = Path(__file__).parent.parent / "docs" / "outcomes.md"
 TWO_LOOKS = {"timeout_seconds": 60, "poll": PollSchedule(min_seconds=60, max_seconds=60, jitter=0)}
@@ -153,6 +154,7 @@ DAILY_CAP = Answer(
     {"error": {"message": "5 of 5 USD", "type": "rate_limit_error", "code": "daily_usd_limit_exceeded"}},
     headers={"retry-after": "30000"},
 )
+HALF = Answer(body=tone("mp3", 2.0)[:8_000])
 WEB_PAGE = Answer(body="<!doctype html><title>Hello</title>", headers={"content-type": "text/html"})
 
 Replies = Iterable[Any]
@@ -263,6 +265,9 @@ CASES = {
     "The audio is a web page": Case(audio=repeat(WEB_PAGE), says="a web page"),
     "The audio is JSON": Case(audio=repeat({"error": "expired"}), says="JSON"),
     "The audio is empty": Case(audio=repeat(Answer(headers={"content-type": "audio/mpeg"})), says="no bytes"),
+    "The audio is a tag without sound": Case(audio=repeat(Answer(body=b"ID3\x04" + bytes(6))), says="a tag without"),
+    "The audio ends before its header says": Case(audio=repeat(HALF), says="cut short: its header says"),
+    "The audio ends before its header says once": Case(audio=[HALF]),
     "The audio is cut short once": Case(audio=[Cut(after_bytes=1000)]),
     "The audio is cut short on and on": Case(audio=repeat(Cut(after_bytes=1000)), says="could not be read"),
     "The audio is too large": Case(patch={"prefect_nanogpt.storage.LARGEST_AUDIO_BYTES": 1000}, says="1000 bytes"),

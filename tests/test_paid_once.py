@@ -920,6 +920,13 @@ async def events_of(run_id: str) -> dict[str, int]:
 
 
 async def events_where(field: str, value: str) -> dict[str, int]:
+    """Count the events about a job, by what they say."""
+    found = await payloads_where(field, value)
+    return dict(Counter(said for said, _ in found))
+
+
+async def payloads_where(field: str, value: str) -> list[tuple[str, dict[str, Any]]]:
+    """Give what the events about a job say, and their payloads."""
     last = f"nanogpt.tts.test-{uuid4()}"
     emit_event(last, resource={"prefect.resource.id": last})
 
@@ -930,4 +937,5 @@ async def events_where(field: str, value: str) -> dict[str, int]:
         return found if any(event["event"] == last for event in found) else None
 
     found = await eventually(all_events)
-    return dict(Counter(event["event"].rpartition(".")[2] for event in found if event["payload"].get(field) == value))
+    about = [event for event in found if event["payload"].get(field) == value]
+    return [(event["event"].rpartition(".")[2], event["payload"]) for event in about]

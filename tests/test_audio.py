@@ -22,7 +22,8 @@ from prefect_nanogpt.storage import Destination
 from tests.conftest import files_in
 from tests.sounds import CONTAINERS, FORMS, played, tone
 from tests.test_batch import manifest_in
-from tests.test_paid_once import payloads_where, report_of
+from tests.test_collect import report_of
+from tests.test_paid_once import payloads_where
 
 SECONDS = 3.0
 ID3 = b"ID3\x04\x00\x00\x00\x00\x01\x00" + b"TIT2\x00\x00\x00\x05\x00\x00\x03Tag!" + bytes(113)

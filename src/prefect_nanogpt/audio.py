@@ -380,9 +380,10 @@ def open_audio(path: Path, container: str) -> InputContainer:
         source = av.open(str(path), format=DEMUXERS[container], options={"protocol_whitelist": "file"})
     except (av.FFmpegError, ValueError) as error:
         raise _invalid(f"The {container} cannot be opened: {getattr(error, 'strerror', None) or error}.") from None
-    if not source.streams.audio:
+    # A stream of an unknown codec has no context, and some versions of PyAV (seen on 16.1) crash when they decode it.
+    if not source.streams.audio or source.streams.audio[0].codec_context is None:
         source.close()
-        raise _invalid(f"The {container} has no sound track.")
+        raise _invalid(f"The {container} has no sound track that can be decoded.")
     return source
 
 

@@ -27,6 +27,7 @@ from prefect_nanogpt.flows.forms import (
 )
 from prefect_nanogpt.job import Terms, find, say
 from prefect_nanogpt.ledger import Entry, Job
+from prefect_nanogpt.long_text import LEAST_PART, units
 from prefect_nanogpt.models import DEFAULT_MODEL, AudioFile, PollSchedule, TTSRequest, problems_in
 from prefect_nanogpt.report import Report
 from prefect_nanogpt.storage import absolute
@@ -68,7 +69,7 @@ async def text_to_speech(
     max_cost: CostLimit = None,
     take: Take = 1,
     resubmit: Resubmitted = (),
-    max_chars: Annotated[int | None, titled("Longest part, in characters", ge=1)] = None,
+    max_chars: Annotated[int | None, titled("Longest part, in characters", ge=LEAST_PART)] = None,
     name: Annotated[str | None, titled("File name"), Field(min_length=1, max_length=100)] = None,
     artifact_key: ArtifactKey = "tts-audio",
 ) -> AudioFile:
@@ -95,8 +96,8 @@ async def text_to_speech(
         resubmit: Which jobs to submit anew although they may have been charged for: `uncertain` (it is not known
             whether an earlier submission was accepted), `lost` (the provider no longer knows the job) and `refused`
             (the provider refused the text).
-        max_chars: Split a text that is longer than this into parts, each a job, and join their audio. None for the
-            model's limit in the provider's catalogue, where it has one.
+        max_chars: Split a text that is longer than this into parts, each a job, and join their audio; at least 20, in
+            UTF-16 code units. None for the model's limit in the provider's catalogue, where it has one.
         name: What to call the file, without extension; None for the provider's run id.
         artifact_key: The key of the report; lower-case letters, digits and dashes.
 
@@ -140,7 +141,7 @@ async def text_to_speech(
             if said is None:
                 async with nanogpt_client(credentials) as client:
                     limit = await _longest_part(job, terms, entry, max_chars, client)
-                    if limit is not None and len(text.strip()) > limit:
+                    if limit is not None and units(text.strip()) > limit:
                         said = await say_in_parts(job, terms, limit, client, max_cost, report)
                     else:
                         said = await say(job, terms, TaskSteps(terms, credentials, report, max_cost))
@@ -177,14 +178,16 @@ async def _longest_part(
             return None
     if max_chars is not None:
         return max_chars
-    if len(job.request.text) <= EVERY_MODEL_TAKES:
+    if units(job.request.text) <= EVERY_MODEL_TAKES:
         return None
     try:
         model = await client.speech_model(job.request.model)
     except NanoGPTError as error:
         run_logger().warning("The catalogue could not be read for the longest text: %s", error)
         return None
-    return model.max_chars if model else None
+    if model is None or model.max_chars is None or model.max_chars < LEAST_PART:
+        return None  # nothing is said, or nothing that can be meant
+    return model.max_chars
 
 
 def request_of(fields: dict[str, Any]) -> TTSRequest:

@@ -10,7 +10,6 @@ import pytest
 from prefect_nanogpt import NanoGPTCredentials
 from prefect_nanogpt.errors import ContentPolicyViolation, NanoGPTError, TTSJobRejected
 from prefect_nanogpt.flows import text_to_speech
-from prefect_nanogpt.long_text import split
 from prefect_nanogpt.models import AudioFile, PollSchedule
 from prefect_nanogpt.sandbox import Answer, Sandbox
 from tests.conftest import files_in
@@ -39,30 +38,6 @@ def chapter(characters: int) -> str:
 @pytest.fixture
 def speech(credentials: NanoGPTCredentials, save_to: str, quick: PollSchedule) -> dict[str, Any]:
     return {"credentials": credentials, "save_to": save_to, "poll": quick}
-
-
-class TestSplitting:
-    @pytest.mark.parametrize("limit", [50, 512, 4096, 10_000])
-    def test_no_word_is_lost_or_repeated(self, limit: int) -> None:
-        text = chapter(60_000)
-        parts = split(text, limit)
-        assert max(map(len, parts)) <= limit
-        assert " ".join(parts).split() == text.split()
-
-    def test_a_paragraph_is_preferred_to_a_sentence_and_that_to_a_word(self) -> None:
-        assert split("One two. Three.\n\nFour five six. Seven", 24) == ["One two. Three.", "Four five six. Seven"]
-        assert split("One two. Three four five six.", 20) == ["One two.", "Three four five six."]
-        assert split("One two three four", 9) == ["One two", "three", "four"]
-
-    def test_numbers_and_abbreviations_end_no_sentence(self) -> None:
-        assert split("Yes. Dr. Watson paid 3.50 for it.", 30)[0] == "Yes."
-        assert split("Ja. Das ist z. B. von Dr. Müller.", 31, "de") == ["Ja.", "Das ist z. B. von Dr. Müller."]
-
-    def test_a_word_longer_than_a_part_is_cut(self) -> None:
-        assert split("a" * 25, 10) == ["a" * 10, "a" * 10, "a" * 5]
-
-    def test_a_text_that_fits_is_left_as_it_is(self) -> None:
-        assert split("  All of it.\n", 11) == ["All of it."]
 
 
 def assert_whole(audio: AudioFile, sandbox: Sandbox) -> None:

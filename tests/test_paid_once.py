@@ -790,7 +790,7 @@ class TestBudget:
     ) -> None:
         monkeypatch.setitem(MODELS, "flat", PerGeneration("flat", "ticket", Decimal(25), None, ""))
         with pytest.raises(ProviderError, match=r"costs 1\.2 USD") as caught:
-            await text_to_speech("\n\n".join(PARAGRAPHS), model="flat", max_chars=16, max_cost=Decimal(1), **say)
+            await text_to_speech("\n\n".join(PARAGRAPHS), model="flat", max_chars=20, max_cost=Decimal(1), **say)
         assert caught.value.code == "COST_LIMIT_EXCEEDED"
         assert sandbox.requests("submit") == []
 
@@ -804,7 +804,7 @@ class TestBudget:
         text = "\n\n".join(f"Part number {number:03}." for number in range(6))
         for _ in range(2):
             state = await text_to_speech(
-                text, model="dear", max_chars=16, max_cost=Decimal(1), **say, return_state=True
+                text, model="dear", max_chars=20, max_cost=Decimal(1), **say, return_state=True
             )
             assert state.name == "COST_LIMIT_EXCEEDED"
             assert Decimal(1) <= sandbox.ledger.charged_total <= Decimal("1.4")

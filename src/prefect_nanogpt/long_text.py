@@ -3,16 +3,46 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
-from collections.abc import Iterator
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
 from typing import Final
 
 from prefect_nanogpt.errors import NanoGPTError
 
-__all__ = ["can_be_split", "split"]
+__all__ = ["LEAST_PART", "can_be_split", "spans", "split", "units"]
 
-PARAGRAPH: Final = re.compile(r"\n\s*\n\s*")
-SPACE: Final = re.compile(r"\s+")
+LEAST_PART: Final = 20
+"""In UTF-16 code units: room for the longest word of most texts with its marks. Each part is a job, and is paid for."""
+BLOCK_CHARS: Final = 4_000
+"""The segmenter loses its place in texts of tens of thousands of characters, and takes long for them."""
+PARAGRAPH: Final = re.compile(r"\s*\n\s*\n\s*")
+NO_BREAK_SPACE: Final = "\u00a0\u2007\u202f"
+NO_BREAK: Final = frozenset(NO_BREAK_SPACE + "\u2060\ufeff")
+WORD_END: Final = re.compile(rf"(?:[^\S{NO_BREAK_SPACE}]|\u200b)+")
+NO_BREAK_END: Final = re.compile(rf"[{NO_BREAK_SPACE}]+")
+LINE_END: Final = re.compile(r"[\n\r\x85\u2028\u2029]")
+CLOSING: Final = "\"'”’»›)]}）］｝〉》」』】〕〗〙"
+OPENING: Final = "“„‚‘«‹([{¿¡（［｛〈《「『【〔〖〘"
+# With marks of scripts that put no space behind them, or that the segmenter takes for those of another language.
+SENTENCE_END: Final = re.compile("[。！？｡．։؟۔।॥။។៕።፧፨]+")
+# Without a space behind it a comma or colon may be in a number, a time or a URL.
+CLAUSE_END: Final = re.compile(rf"[,;:](?=[\s{re.escape(CLOSING)}])|[—…]+|–(?=\s)|[，、；：､﹐﹑﹔﹕،؛՝၊៖፡፣፤፥፦᠂᠈]+")
+DASHES: Final = "—–"
+NOT_FIRST: Final = frozenset(
+    f"{CLOSING},.;:!?%，．。、；：！？…‥・％ー々〻ゝゞヽヾぁぃぅぇぉっゃゅょゎゕゖァィゥェォッャュョヮヵヶｰ"
+)
+"""What no line, and so no part, begins with: closing marks, and by the Japanese rules (JIS X 4051) small kana."""
+
+
+def units(text: str) -> int:
+    """Count the UTF-16 code units of a text.
+
+    The provider is written in JavaScript, where this is the length of a string. How it counts is not documented; code
+    points are fewer, so this is the safe way.
+    """
+    return len(text) + sum(character > "\uffff" for character in text)
 
 
 def can_be_split() -> None:
@@ -22,6 +52,7 @@ def can_be_split() -> None:
         NanoGPTError: The extra `long` is not installed (code `EXTRA_MISSING`).
     """
     try:
+        import regex  # noqa: F401
         import sentencex  # noqa: F401
     except ImportError as error:
         raise NanoGPTError(
@@ -32,64 +63,225 @@ def can_be_split() -> None:
 
 
 def split(text: str, limit: int, language: str | None = None) -> list[str]:
-    """Cut a text into parts of at most `limit` characters, at the end of a paragraph, else a sentence, else a word.
+    """Cut a text into parts of at most `limit` UTF-16 code units, each with something to say.
 
-    A paragraph that ends in the first half of what a part can hold is passed over, since every part costs a job.
-
-    Args:
-        text: The text.
-        limit: The longest part, in characters.
-        language: An ISO 639-1 code such as `de`, whose abbreviations then end no sentence; English otherwise.
-
-    Returns:
-        The parts, in order, without the white space around them. No other character is lost or repeated.
+    The places are those of `spans`.
 
     Example:
         >>> split("Dr. No waits. He paid 3.50 for it.", 20)
         ['Dr. No waits.', 'He paid 3.50 for it.']
     """
-    if language is None or not re.fullmatch(r"[a-z]{2}", language):
-        language = "en"
-    paragraphs = [found.end() for found in PARAGRAPH.finditer(text)]
-    sentences = list(_sentence_ends(text, language))
-    words = [found.end() for found in SPACE.finditer(text)]
+    return [text[start:end] for start, end in spans(text, limit, language)]
+
+
+def spans(text: str, limit: int, language: str | None = None) -> list[tuple[int, int]]:
+    """Tell where to cut a text into parts.
+
+    A part ends at the end of a paragraph, else of a sentence, else behind a clause mark, else at the end of a line,
+    else between words, else between two characters as readers see them (the extended grapheme clusters of UAX #29). A
+    paragraph that ends in the first half of what a part can hold, or a clause or line in its first quarter, is
+    passed over, since every part costs a job. Marks without a word, such as `* * *`, go with a neighbour.
+
+    Args:
+        text: The text.
+        limit: The longest part, in UTF-16 code units.
+        language: A code such as `de` or `de-AT`, whose abbreviations then end no sentence; English otherwise.
+
+    Returns:
+        Where each part begins and ends, as indices into `text`. The white space between parts is in none of them, and
+        every other character is in one.
+
+    Example:
+        >>> spans("One. Two.", 5)
+        [(0, 4), (5, 9)]
+    """
+    found = re.match(r"([a-z]{2})(?![a-z])", (language or "").lower())
+    cuts = _Cuts(text, found[1] if found else "en")
+    start, end = len(text) - len(text.lstrip()), len(text.rstrip())
     parts = []
-    start = len(text) - len(text.lstrip())
-    end = len(text.rstrip())
-    while end - start > limit:
-        # White space after the last word need not fit.
-        cut = (
-            _last(paragraphs, text, start, limit, least=limit // 2)
-            or _last(sentences, text, start, limit)
-            or _last(words, text, start, limit)
-            or start + limit
-        )
-        parts.append(text[start:cut].strip())
-        start = cut + len(text[cut:]) - len(text[cut:].lstrip())
-    parts.append(text[start:end])
+    while cuts.units(start, end) > limit:
+        cut = cuts.best(start, end, limit)
+        parts.append((start, start + len(text[start:cut].rstrip())))
+        start = cut + len(text[cut:end]) - len(text[cut:end].lstrip())
+    parts.append((start, end))
     return parts
 
 
-def _sentence_ends(text: str, language: str) -> Iterator[int]:
-    """Find where sentences end, paragraph by paragraph: the segmenter loses its place in a text of many thousands."""
-    import sentencex
+class _Cuts:
+    """The places where a text can be cut, by kind. A place is the index behind the last character before the cut."""
 
-    start = 0
-    for end in [*(found.end() for found in PARAGRAPH.finditer(text)), len(text)]:
-        for sentence in sentencex.segment(language, text[start:end]):
-            start = text.index(sentence, start) + len(sentence)
-            if start == len(text) or text[start - 1].isspace() or text[start].isspace() or not text[start].isascii():
-                yield start
-        start = end
+    def __init__(self, text: str, language: str) -> None:
+        import regex
 
+        self._text = text
+        self._clusters = regex.compile(r"\X")
+        self._wide = array("l", (index for index, character in enumerate(text) if character > "\uffff"))
+        self._words = array("l", (index for index, character in enumerate(text) if character.isalnum()))
+        self._kinds: list[tuple[list[int], Fraction]] = [
+            (self._usable(found.start() for found in PARAGRAPH.finditer(text)), Fraction(1, 2)),
+            (self._usable(self._sentence_ends(language)), Fraction(0)),
+            (self._usable(self._behind(CLAUSE_END)), Fraction(1, 4)),
+            (self._usable(found.start() for found in LINE_END.finditer(text)), Fraction(1, 4)),
+            (self._usable(found.start() for found in WORD_END.finditer(text)), Fraction(0)),
+            ([found.start() for found in NO_BREAK_END.finditer(text) if self._is_clean(found.start())], Fraction(1, 2)),
+        ]
 
-def _last(ends: list[int], text: str, start: int, limit: int, least: int = 1) -> int | None:
-    """Find the last boundary up to which the text from `start` fits, and is not less than `least` characters."""
-    found = None
-    for end in ends[bisect_right(ends, start) :]:
-        length = len(text[start:end].strip())
-        if length > limit:
-            break
-        if length >= least:
-            found = end
-    return found
+    def units(self, start: int, end: int) -> int:
+        """Count the UTF-16 code units between two indices."""
+        return end - start + bisect_left(self._wide, end) - bisect_left(self._wide, start)
+
+    def best(self, start: int, end: int, limit: int) -> int:
+        """Give the best place to end the part that begins at `start`."""
+        farthest = self._farthest(start, end, limit)
+        for ranges in (self._with_words(start, farthest, limit), [(start + 1, farthest)]):
+            for places, least in self._kinds:
+                for first, last in ranges:
+                    index = bisect_right(places, last) - 1
+                    if index >= 0 and places[index] >= first and self.units(start, places[index]) >= least * limit:
+                        return places[index]
+            for first, last in ranges:
+                if (cut := self._between_characters(start, first, last)) is not None:
+                    return cut
+        return farthest
+
+    def _with_words(self, start: int, farthest: int, limit: int) -> list[tuple[int, int]]:
+        """Give the ranges of places with a word before them and, no farther than a part is long, one behind them."""
+        words = self._words
+        here, behind = bisect_left(words, start), bisect_left(words, farthest)
+        if here == len(words):
+            return []
+        first, last = words[here] + 1, farthest
+        ranges = []
+        if behind < len(words):
+            # From here on, the next word is not too far away for a part that begins with what comes before it.
+            near = self._nearest(words[behind] + 1, limit)
+            ranges.append((max(first, near), last))
+        if behind > 0:
+            ranges.append((first, min(last, words[behind - 1])))
+        return [(first, last) for first, last in ranges if first <= last]
+
+    def _nearest(self, end: int, limit: int) -> int:
+        """Give the first index from which on the text up to `end` fits."""
+        low, high = max(0, end - limit), end - 1
+        while low < high:
+            middle = (low + high) // 2
+            if self.units(middle, end) <= limit:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def _farthest(self, start: int, end: int, limit: int) -> int:
+        """Give the last index up to which the text fits, at least one character on."""
+        low, high = start + 1, min(end, start + limit)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.units(start, middle) <= limit:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def _between_characters(self, start: int, first: int, last: int) -> int | None:
+        """Cut between grapheme clusters, and in the second half of the part rather not where a typesetter would not."""
+        places: list[int] = [
+            place
+            for found in self._clusters.finditer(self._text[start : last + 64])
+            if first <= (place := start + found.end()) <= last and self._is_clean(place)
+        ]
+        half = start + (last - start) // 2
+        for place in reversed(places):
+            if place < half:
+                break
+            if self._may_part(place):
+                return place
+        return places[-1] if places else None
+
+    def _is_clean(self, place: int) -> bool:
+        """Whether what follows the white space here is a character of its own, and no accent on the last space."""
+        text = self._text
+        after = place
+        while after < len(text) and text[after].isspace():
+            after += 1
+        return after == place or self._clusters.fullmatch(text[after - 1 : after + 1]) is None
+
+    def _may_part(self, place: int) -> bool:
+        before, after = self._text[place - 1], self._text[place]
+        is_in_a_word = before.isascii() and before.isalnum() and after.isascii() and after.isalnum()
+        is_kept = before in NO_BREAK or after in NO_BREAK or before in OPENING or after in NOT_FIRST
+        return not is_in_a_word and not is_kept
+
+    def _usable(self, places: Iterable[int]) -> list[int]:
+        """Give the places, before the white space that is there, at which nothing is parted that belongs together."""
+        return sorted({place for place in map(self._checked, places) if place})
+
+    def _checked(self, place: int) -> int:
+        """Give the end of what is before a place; 0 where that belongs together with what is behind it."""
+        text = self._text
+        before = after = place
+        while before > 0 and text[before - 1].isspace():
+            before -= 1
+        while after < len(text) and (text[after].isspace() or text[after] == "\u200b"):
+            after += 1
+        if before == 0 or after == len(text):
+            return 0
+        left, gap, right = text[before - 1], text[before:after], text[after]
+        if "\n" not in gap and not NO_BREAK.isdisjoint(left + gap + right):
+            return 0
+        if left in OPENING or (left in DASHES and text[before - 2 : before - 1] in ("", "\n")):
+            return 0  # it opens what follows; a dash at the beginning of a line opens a speech
+        return 0 if self._clusters.fullmatch(text[after - 1 : after + 1]) else before
+
+    def _behind(self, marks: re.Pattern[str]) -> Iterator[int]:
+        """Find the places behind marks."""
+        for found in marks.finditer(self._text):
+            yield self._closed(found.end())
+
+    def _closed(self, place: int) -> int:
+        """Go on behind the quotation marks and brackets that close what has ended, in French after a no-break space."""
+        text, end = self._text, place
+        while end < len(text):
+            if text[end] in CLOSING:
+                end += 1
+            elif text[end] in NO_BREAK_SPACE and text[end + 1 : end + 2] in ("»", "›"):
+                end += 2
+            else:
+                break
+        # The mark that closes is also the one that opens, and here it does.
+        opens = end > place and text[end - 1] in "\"'" and end < len(text) and text[end].isalnum()
+        return place if opens else end
+
+    def _sentence_ends(self, language: str) -> Iterator[int]:
+        """Find where sentences end: by the segmenter, block by block, and by marks that mean nothing else."""
+        yield from self._behind(SENTENCE_END)
+        text = self._text
+        bounds = [found.end() for found in PARAGRAPH.finditer(text)]
+        start = 0
+        for bound in [*bounds, len(text)]:
+            while bound - start > BLOCK_CHARS:
+                space = text.rfind(" ", start + BLOCK_CHARS // 2, start + BLOCK_CHARS) + 1
+                cut = space or start + BLOCK_CHARS
+                yield from (end for end in self._segmented(start, cut, language) if end < cut - 1)
+                start = cut
+            yield from self._segmented(start, bound, language)
+            start = bound
+
+    def _segmented(self, start: int, end: int, language: str) -> Iterator[int]:
+        import sentencex
+
+        text = self._text
+        try:
+            sentences = list(sentencex.segment(language, text[start:end]))
+        except BaseException as error:
+            # A fault of the segmenter comes as a PanicException, which is no Exception.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            return
+        for sentence in sentences:
+            found = text.find(sentence, start, end)
+            if found < 0:
+                return
+            start = found + len(sentence)
+            place = self._closed(start)
+            if place == len(text) or text[place - 1].isspace() or text[place].isspace() or not text[place].isascii():
+                yield place

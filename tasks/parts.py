@@ -10,7 +10,7 @@ from typing import Final
 
 from prefect_nanogpt.budget import COST_LIMIT_EXCEEDED, Budget
 from prefect_nanogpt.client import NanoGPTClient
-from prefect_nanogpt.errors import NanoGPTError
+from prefect_nanogpt.errors import AudioError, NanoGPTError
 from prefect_nanogpt.events import run_logger
 from prefect_nanogpt.job import Said, Terms, save_whole, would_be_submitted
 from prefect_nanogpt.joining import can_join, join
@@ -108,7 +108,11 @@ async def _join(parts: Sequence[AudioFile], job: Job, terms: Terms) -> AudioFile
         names = [part.location.rpartition("/")[2] for part in parts]
         files = {name: await folder.run(folder.fetch, name, Path(temporary)) for name in dict.fromkeys(names)}
         whole = Path(temporary, "whole")
-        await asyncio.to_thread(join, [files[name] for name in names], whole)
+        try:
+            await asyncio.to_thread(join, [files[name] for name in names], whole)
+        except AudioError as error:
+            error.message += f" All parts are paid for, and kept in {folder.save_to}."
+            raise
         return await save_whole(job, terms, bytes_of(whole), parts)
 
 

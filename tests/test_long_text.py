@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from prefect_nanogpt import NanoGPTCredentials
-from prefect_nanogpt.errors import ContentPolicyViolation, NanoGPTError, TTSJobRejected
+from prefect_nanogpt.errors import AudioError, ContentPolicyViolation, NanoGPTError, TTSJobRejected
 from prefect_nanogpt.flows import text_to_speech
 from prefect_nanogpt.models import AudioFile, PollSchedule
 from prefect_nanogpt.sandbox import Answer, Sandbox
@@ -144,3 +144,19 @@ async def test_parts_that_are_chained_ogg_are_joined(speech: dict[str, Any], san
     assert audio.container == "ogg"
     assert audio.duration_seconds == pytest.approx(10.0, rel=0.01)
     assert played(audio.location) == pytest.approx(10.0, rel=0.01)
+
+
+async def test_parts_that_cannot_be_joined_are_not_paid_for_again(
+    speech: dict[str, Any], sandbox: Sandbox, save_to: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(files: list[Path], target: Path) -> str:
+        raise AudioError("The pieces cannot be joined: no encoder", code="AUDIO_NOT_JOINABLE")
+
+    text = "The first part of it.\n\nThe second part of it."
+    with monkeypatch.context() as patched:
+        patched.setattr("prefect_nanogpt.tasks.parts.join", failing)
+        with pytest.raises(AudioError, match="All parts are paid for, and kept in .*nanogpt"):
+            await text_to_speech(text, **speech, max_chars=25)
+    audio = await text_to_speech(text, **speech, max_chars=25)
+    assert files_in(save_to) == [Path(audio.location)]
+    assert len(sandbox.ledger.charges) == 2

@@ -214,6 +214,13 @@ async def test_a_video_without_sound_is_no_audio(tmp_path: Path) -> None:
         inspect(path)
 
 
+@pytest.mark.parametrize("length", [2**32, 2**63 - 1, 2**64 - 1])
+async def test_an_mp4_that_says_it_is_larger_than_any_file_is_cut(length: int, tmp_path: Path) -> None:
+    box = struct.pack(">I4sQ", 1, b"mdat", length)
+    with pytest.raises(AudioError, match="AUDIO_TRUNCATED"):
+        await save(b"\0\0\0\x10ftypM4A \0\0\0\0" + box + bytes(100), tmp_path)
+
+
 WITHOUT_DECODER = """
 import json, sys
 sys.modules["av"] = None

@@ -155,7 +155,7 @@ async def test_parts_that_cannot_be_joined_are_not_paid_for_again(
     text = "The first part of it.\n\nThe second part of it."
     with monkeypatch.context() as patched:
         patched.setattr("prefect_nanogpt.tasks.parts.join", failing)
-        with pytest.raises(AudioError, match="All parts are paid for, and kept in .*nanogpt"):
+        with pytest.raises(AudioError, match=r"All parts are paid for, and kept in .*nanogpt"):
             await text_to_speech(text, **speech, max_chars=25)
     audio = await text_to_speech(text, **speech, max_chars=25)
     assert files_in(save_to) == [Path(audio.location)]

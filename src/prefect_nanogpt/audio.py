@@ -319,7 +319,7 @@ def _ogg(file: BinaryIO, size: int) -> Headers:
 def _mp4(file: BinaryIO, size: int) -> Headers:
     """Follow the boxes; a box of size 0 goes to the end of the file, one of size 1 has its size behind its name."""
     position, seen = 0, set()
-    while len(box := _at(file, position, 16)) >= 8:
+    while position < size and len(box := _at(file, position, 16)) >= 8:
         length, name = struct.unpack(">I4s", box[:8])
         seen.add(name)
         if length == 1 and len(box) == 16:

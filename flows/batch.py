@@ -27,6 +27,7 @@ from prefect_nanogpt.errors import (
     StorageError,
     SubmissionUncertain,
     TTSJobRejected,
+    without_password,
 )
 from prefect_nanogpt.events import run_logger
 from prefect_nanogpt.flows.ending import PLAIN_JSON, failed, keep_result, may_go_better
@@ -43,7 +44,7 @@ from prefect_nanogpt.flows.forms import (
     titled,
 )
 from prefect_nanogpt.flows.shards import parameters_of_shards, run_shards
-from prefect_nanogpt.job import WHAT_TO_LOOK_AT, Said, Terms, find, would_be_submitted
+from prefect_nanogpt.job import RESUBMIT, WHAT_TO_LOOK_AT, Said, Terms, find, would_be_submitted
 from prefect_nanogpt.ledger import Entry, Job, Ledger, saved_as
 from prefect_nanogpt.lines import (
     COMPLETED,
@@ -81,7 +82,7 @@ KEPT_BESIDE: Final = (
 def run_name() -> str:
     """Name a run by its file, or by how many lines it has."""
     lines = this_flow_run.parameters.get("lines", ())
-    what = PurePath(lines).name if isinstance(lines, str) else f"{len(lines)}-lines"
+    what = PurePath(without_password(lines)).name if isinstance(lines, str) else f"{len(lines)}-lines"
     shard = f"-shard-{number}" if (number := this_flow_run.parameters.get("shard")) else ""
     return f"tts-batch-{what}{shard}"
 
@@ -449,9 +450,15 @@ class _Batch:
         codes = Counter(row.outcome for row in rows if not row.is_completed)
         counted = ", ".join(f"{count} {code}" for code, count in codes.most_common())
         saved = " The others are saved." if codes.total() < len(rows) else ""
+        stuck = sum(RESUBMIT in (row.detail or "") for row in rows if not row.is_completed)
         error = BatchPartial(
             f"{codes.total()} of {len(rows)} lines have no audio: {counted}.{saved} Run the batch again with the same "
             f"save_to to do what is missing; {self._what_is_paid_again(rows)}"
+            + (
+                f" Lines whose rows name `resubmit` ({stuck}) may end in the same way again without it."
+                if stuck
+                else ""
+            )
         )
         error.rows = rows
         return error
@@ -474,7 +481,7 @@ class _Batch:
             parts.append(f"{self._replaced} lines have {KEPT_BESIDE}")
         if completed < len(self.lines):
             parts.append(
-                f"To do what is missing, run the batch again with save_to={destination.save_to}: "
+                f"To do what is missing, run the batch again with save_to={destination.shown}: "
                 + self._what_is_paid_again(rows)
             )
         await self._table.show(json.dumps([_shown(row) for row in shown]), " ".join(parts))

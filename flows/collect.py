@@ -3,9 +3,9 @@
 import asyncio
 import json
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -19,7 +19,14 @@ from pydantic import BaseModel, ValidationError
 
 from prefect_nanogpt.client import NanoGPTClient
 from prefect_nanogpt.credentials import nanogpt_client, provider_and_ledger
-from prefect_nanogpt.errors import NanoGPTError, ProviderError, StorageError, SubmissionUncertain, TTSJobRejected
+from prefect_nanogpt.errors import (
+    NanoGPTError,
+    ProviderError,
+    StorageError,
+    SubmissionUncertain,
+    TTSJobRejected,
+    without_password,
+)
 from prefect_nanogpt.events import RunReference, run_logger
 from prefect_nanogpt.flows.ending import PLAIN_JSON, failed, keep_result
 from prefect_nanogpt.flows.forms import ArtifactKey, Credentials, titled
@@ -42,6 +49,11 @@ OWN_FLOWS: Final = ["text-to-speech", "text-to-speech-batch", "wait-for-tts"]
 
 IF_A_LEDGER_IS_GONE: Final = (
     "Mount or restore it, or name in `folders` where it is now: a job that is open in it is not settled."
+)
+
+IF_IT_NEEDS_A_PASSWORD: Final = (
+    "If it needs a password, name it with the password in `folders`, or give the password in the environment: runs "
+    "leave no passwords behind."
 )
 
 Outcome: TypeAlias = Literal["saved", "pending", "rejected", "lost", "uncertain", "unreachable", "failed"]
@@ -122,8 +134,11 @@ async def collect_open_tickets(
         async with nanogpt_client(credentials) as client:
             client.requests_per_second = REQUESTS_PER_SECOND
             _, setting = await provider_and_ledger(credentials)
-            places = await _places(folders, Ledger.elsewhere(setting), since)
-            found, rows = await _look_through(places, client.base_url, since)
+            elsewhere = Ledger.elsewhere(setting)
+            places = await _places(folders, elsewhere, since)
+            # Labels and notes leave the passwords of URLs out.
+            given = {without_password(place): place for place in map(absolute, filter(None, [*folders, elsewhere]))}
+            found, rows = await _look_through(places, given, client.base_url, since)
             run_logger().info("%d open jobs in %d ledgers.", len(found), len(places))
             gate = asyncio.Semaphore(JOBS_AT_ONCE)
             rows += await asyncio.gather(*(_collect(same, client, gate, refusals) for same in _by_run_id(found)))
@@ -150,7 +165,7 @@ async def collect_open_tickets(
 async def _places(folders: Sequence[str], elsewhere: str | None, since: datetime) -> list[LedgerLabel]:
     """Find where ledgers are: those of the named folders, also where all ledgers are elsewhere, and those of runs."""
     named = [*folders, *([elsewhere] if folders and elsewhere else [])]
-    places = {LedgerLabel(place=absolute(folder)): None for folder in named}
+    places = {LedgerLabel(place=without_password(absolute(folder))): None for folder in named}
     filters: list[dict[str, Any]] = [{"flow_filter": FlowFilter(name={"any_": OWN_FLOWS})}]
     # Tasks in flows of other people's, and our flows under other names.
     filters += [{"task_run_filter": TaskRunFilter(name={"like_": name})} for name in ("submit-tts", "poll", "say-")]
@@ -193,9 +208,12 @@ class _Open:
 
 
 async def _look_through(
-    places: Sequence[LedgerLabel], provider: str, since: datetime
+    places: Sequence[LedgerLabel], given: Mapping[str, str], provider: str, since: datetime
 ) -> tuple[list[_Open], list[CollectedTicket]]:
-    """Read the open jobs of ledgers, each place once, and give rows about what cannot be read."""
+    """Read the open jobs of ledgers, each place once, and give rows about what cannot be read.
+
+    `given` has the places that were given with a password, as they were given, by what is shown of them.
+    """
     found: list[_Open] = []
     rows: list[CollectedTicket] = []
     identities: dict[str, str | None] = {}
@@ -203,10 +221,10 @@ async def _look_through(
     local: set[str] = set()
     for place in dict.fromkeys(told.place for told in places):
         try:
-            home = await asyncio.to_thread(Destination, place, displaces=False)
+            home = await asyncio.to_thread(Destination, given.get(place, place), displaces=False)
             local |= {place} if home.is_local else set()
             identities[place], jobs, damaged = await home.run(_open_jobs, home, provider, since)
-            found += jobs
+            found += [replace(job, save_to=given.get(job.save_to or "", job.save_to)) for job in jobs]
             rows += damaged
         except Exception as error:
             failures[place] = error
@@ -218,12 +236,17 @@ async def _look_through(
             where = f"{told.place} is a folder of the machine {told.machine}"
             reasons.append(StorageError(f"{where}: run the collection there as well."))
         elif told.place in failures:
-            reasons.append(failures[told.place])
+            needs = f" {IF_IT_NEEDS_A_PASSWORD}" if "@" in told.place and told.place not in given else ""
+            reasons.append(StorageError(f"{_words_of(failures[told.place])}{needs}"))
         elif told.ledger is not None:
             where = f"{told.place} is there, and the ledger that a run has used in it is not"
             reasons.append(StorageError(f"{where}. {IF_A_LEDGER_IS_GONE}"))
     told_once = dict.fromkeys(str(reason) for reason in reasons)
     return found, [*rows, *(CollectedTicket(outcome="unreachable", detail=told, flow_runs=[]) for told in told_once)]
+
+
+def _words_of(error: Exception) -> str:
+    return error.message if isinstance(error, NanoGPTError) else str(error)
 
 
 def _open_jobs(
@@ -235,14 +258,14 @@ def _open_jobs(
         StorageError: There is no such folder here, or the ledger cannot be read.
     """
     if home.is_local and not Path(home.root).is_dir():
-        raise StorageError(f"{home.save_to} is not there. {IF_A_LEDGER_IS_GONE}")
+        raise StorageError(f"{home.shown} is not there. {IF_A_LEDGER_IS_GONE}")
     here = Ledger(home)
     found, damaged = [], []
     for entry in here.entries().values():
         try:
             job = _open_job(here, entry, provider, since)
         except Exception as error:
-            detail = f"The notes {entry.job}.{entry.last} in {here.folder.save_to} cannot be read: {error}"
+            detail = f"The notes {entry.job}.{entry.last} in {here.folder.shown} cannot be read: {error}"
             damaged.append(CollectedTicket(outcome="failed", detail=detail, flow_runs=[]))
         else:
             found += [job] if job else []
@@ -340,7 +363,7 @@ def _where_audio_goes(found: _Open) -> tuple[Ledger, NanoGPTError | None]:
     out_of_reach = None
     if place.is_local and found.machine != socket.gethostname() and not Path(place.root).is_dir():
         out_of_reach = StorageError(
-            f"The audio goes to {place.save_to}, a folder of the machine {found.machine}: run the collection there as "
+            f"The audio goes to {place.shown}, a folder of the machine {found.machine}: run the collection there as "
             "well, or start the same text or ticket again, which finds what is paid for."
         )
     return Ledger(place, found.ledger.destination), out_of_reach

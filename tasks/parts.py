@@ -111,7 +111,7 @@ async def _join(parts: Sequence[AudioFile], job: Job, terms: Terms) -> AudioFile
         try:
             await asyncio.to_thread(join, [files[name] for name in names], whole)
         except AudioError as error:
-            error.message += f" All parts are paid for, and kept in {folder.save_to}."
+            error.message += f" All parts are paid for, and kept in {folder.shown}."
             raise
         return await save_whole(job, terms, bytes_of(whole), parts)
 

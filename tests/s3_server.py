@@ -22,6 +22,7 @@ from werkzeug.wrappers import Response
 READ = ["s3:ListBucket", "s3:GetObject"]
 ERRORS = {409: "ConditionalRequestConflict", 500: "InternalError", 501: "NotImplemented", 503: "ServiceUnavailable"}
 WRITE = ["s3:PutObject", "s3:AbortMultipartUpload", "s3:ListBucketMultipartUploads", "s3:ListMultipartUploadParts"]
+CHECKSUM_HEADERS = ("HTTP_X_AMZ_CHECKSUM_", "HTTP_X_AMZ_SDK_CHECKSUM_", "HTTP_X_AMZ_TRAILER")
 NOBODY = {
     "AWS_CONFIG_FILE": os.devnull,
     "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
@@ -48,6 +49,8 @@ class S3Server:
             or `lost` to close the connection when the object is written; or `blind` to fail all reads then, too.
         ignore_conditions: Write the object although it is there, as stores do that do not know the condition.
         name_conditions: Say which condition failed, as AWS does and other stores do not.
+        refuses_checksums: How to refuse an upload that has a checksum with it, as older stores do: HTTP status, code
+            and message; None to take it.
     """
 
     def __init__(self) -> None:
@@ -59,6 +62,7 @@ class S3Server:
         self.faults: list[tuple[str, int | str]] = []
         self.ignore_conditions = False
         self.name_conditions = True
+        self.refuses_checksums: tuple[int, str, str] | None = None
         self._one_creation = threading.Lock()
         self._moto = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
@@ -129,6 +133,9 @@ class S3Server:
                 with suppress(ClientDisconnected):
                     environ["wsgi.input"].read()  # or else it would be taken for the next request
                 raise ConnectionAbortedError("the upload was broken off")
+        if self.refuses_checksums and any(name.startswith(CHECKSUM_HEADERS) for name in environ):
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            return _error(*self.refuses_checksums)(environ, start_response)
         if "HTTP_IF_NONE_MATCH" in environ:
             return self._create(environ)(environ, start_response)
         if self.fail_reads and environ["REQUEST_METHOD"] == "GET" and environ["PATH_INFO"].startswith("/speech"):
@@ -164,9 +171,10 @@ class S3Server:
                 objects.pop(name)
 
 
-def _error(status: int) -> Response:
-    code = ERRORS[status]
-    return Response(f"<Error><Code>{code}</Code><Message>{code}</Message></Error>", status, mimetype="application/xml")
+def _error(status: int, code: str | None = None, message: str | None = None) -> Response:
+    code = code or ERRORS[status]
+    words = f"<Error><Code>{code}</Code><Message>{message or code}</Message></Error>"
+    return Response(words, status, mimetype="application/xml")
 
 
 @pytest.fixture

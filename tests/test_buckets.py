@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import re
 from collections.abc import AsyncIterator
 from itertools import repeat
 from pathlib import Path
@@ -164,6 +165,60 @@ async def test_a_bucket_that_may_only_be_read_is_named_before_anything_is_paid(
     assert BUCKET in str(caught.value)
     assert not caught.value.retryable
     assert sandbox.ledger.charges == []
+
+
+REFUSALS = [
+    (501, "NotImplemented", "A header you provided implies functionality that is not implemented."),
+    (400, "XAmzContentSHA256Mismatch", "The provided 'x-amz-content-sha256' header does not match what was computed."),
+    (400, "InvalidArgument", "Unsupported header 'x-amz-checksum-crc32' received for this API call."),
+    (400, "InvalidRequest", "The value specified in the x-amz-trailer header is not supported."),
+    (411, "MissingContentLength", "You must provide the Content-Length HTTP header."),
+]
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal[1])
+async def test_a_store_that_takes_no_checksums_is_said_to_and_with_the_settings_it_is_used(
+    refusal: tuple[int, str, str],
+    sandbox: Sandbox,
+    s3_env: S3Server,
+    to_bucket: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    s3_env.refuses_checksums = refusal
+    with pytest.raises(StorageError) as caught:
+        await text_to_speech("Without a checksum.", **to_bucket)
+    settings = re.findall(r"(AWS_\w+)=(\w+)", str(caught.value))
+    assert settings == [
+        ("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required"),
+        ("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required"),
+    ]
+    assert not caught.value.retryable
+    assert sandbox.ledger.charges == []
+
+    for name, value in settings:
+        monkeypatch.setenv(name, value)
+    fsspec.filesystem("s3").clear_instance_cache()
+    audio = await text_to_speech("Without a checksum.", **to_bucket)
+    assert list(audio_in(s3_env)) == [audio.location.removeprefix("s3://speech/")]
+    assert len(sandbox.ledger.charges) == 1
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        (400, "InvalidArgument", "Invalid bucket name."),
+        (403, "AccessDenied", "No checksum."),
+        (500, "InternalError", ""),
+    ],
+    ids=lambda refusal: refusal[1],
+)
+async def test_other_refusals_get_no_hint_about_checksums(
+    refusal: tuple[int, str, str], s3_env: S3Server, to_bucket: dict[str, Any]
+) -> None:
+    s3_env.refuses_checksums = refusal
+    with pytest.raises(StorageError) as caught:
+        await text_to_speech("Refused.", **to_bucket)
+    assert "AWS_REQUEST_CHECKSUM_CALCULATION" not in str(caught.value)
 
 
 async def test_a_ticket_that_a_bucket_cannot_take_goes_elsewhere(

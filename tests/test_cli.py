@@ -28,7 +28,8 @@ def run(
         env={**os.environ, **env},
         input=stdin,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="surrogateescape",  # "\udce9" is the byte 0xE9, there and back
         timeout=120,
     )
 
@@ -99,6 +100,99 @@ def test_say_reads_standard_input_and_files(tmp_path: Path, sandbox: Sandbox, ke
     assert run("say", "-", cwd=tmp_path, stdin="Piped in.\n", **key).returncode == 0
     assert run("say", "--file", "text", cwd=tmp_path, **key).returncode == 0
     assert [request.json["text"] for request in sandbox.requests("submit")] == ["Piped in.\n", "Read from a file."]
+
+
+LATIN_1 = "Un caf\udce9, s'il vous pla\udceet."
+LOCALES = [{"LC_ALL": "C.UTF-8"}, {"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}]
+
+
+@pytest.mark.parametrize("locale", LOCALES, ids=["UTF-8", "C", "ASCII"])
+def test_texts_are_utf_8_in_every_locale_and_have_no_mark_at_their_beginning(
+    locale: dict[str, str], tmp_path: Path, sandbox: Sandbox, key: dict[str, str]
+) -> None:
+    (tmp_path / "text").write_text("Grüße, 世界, aus einer Datei.", encoding="utf-8-sig")
+    for arguments, stdin in (
+        (["-", "--name", "Café"], "\ufeffGrüße, 世界,\r\nvon außen.\r"),
+        (["--file", "text"], ""),
+        (["Grüße, 世界.", "--voice", "Zoë"], ""),
+    ):
+        done = run("say", *arguments, cwd=tmp_path, stdin=stdin, **key, **locale)
+        assert done.returncode == 0, done.stderr
+    submitted = [request.json for request in sandbox.requests("submit")]
+    assert [body["text"] for body in submitted] == [
+        "Grüße, 世界,\nvon außen.\n",
+        "Grüße, 世界, aus einer Datei.",
+        "Grüße, 世界.",
+    ]
+    assert submitted[2]["voice"] == "Zoë"
+
+
+@pytest.mark.parametrize("by", ["standard input", "text"])
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (LATIN_1, "not utf-8: the byte 0xe9 at offset 6 (line 1)"),
+        ("Cut in a character: \udce4\udcb8", "not utf-8: the byte 0xe4 at offset 20 (line 1)"),
+        ("\ufeffGrüße.".encode("utf-16-le").decode(errors="surrogateescape"), "utf-16"),
+        ("\ufeffGrüße.".encode("utf-16-be").decode(errors="surrogateescape"), "utf-16"),
+        ("No mark.".encode("utf-16-le").decode(), "zero byte"),
+    ],
+    ids=["Latin-1", "cut", "UTF-16", "UTF-16 of the other order", "UTF-16 without a mark"],
+)
+def test_a_text_that_is_not_utf_8_is_an_error_that_says_what_it_is(
+    text: str, what: str, by: str, tmp_path: Path, sandbox: Sandbox, key: dict[str, str]
+) -> None:
+    (tmp_path / "text").write_text(text, errors="surrogateescape", newline="")
+    arguments = ["-"] if by == "standard input" else ["--file", by]
+    done = run("say", *arguments, cwd=tmp_path, stdin=text if arguments == ["-"] else "", **key, LC_ALL="C")
+    assert (done.returncode, done.stdout) == (2, "")
+    said = " ".join(done.stderr.split())
+    assert f"{by} cannot be read: it " in said.lower()
+    assert what in said.lower()
+    assert "Nothing was submitted." in said
+    assert len(done.stderr.splitlines()) <= 5
+    assert sandbox.requests("submit") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "number"),
+    [
+        (["say", LATIN_1], 2),
+        (["say", "Hello.", "--voice", LATIN_1], 4),
+        (["say", "Hello.", "--option", f"emotion={LATIN_1}"], 4),
+        (["say", "Hello.", "--name", LATIN_1], 4),
+        (["say", "Hello.", f"--save-to={LATIN_1}"], 3),
+        (["batch", f"{LATIN_1}.csv"], 2),
+    ],
+    ids=lambda value: " ".join(value[:-1]) if isinstance(value, list) else "",
+)
+def test_an_argument_that_is_not_utf_8_is_an_error_that_shows_it(
+    arguments: list[str], number: int, tmp_path: Path, sandbox: Sandbox, key: dict[str, str]
+) -> None:
+    done = run(*arguments, cwd=tmp_path, **key, LC_ALL="C")
+    assert (done.returncode, done.stdout) == (2, "")
+    said = " ".join(done.stderr.split())
+    assert f"The argument {number} (" in said
+    assert r"caf\xe9" in said
+    assert "is not UTF-8" in said
+    assert "Traceback" not in said
+    assert sandbox.ledger.charges == []
+
+
+def test_an_argument_that_is_not_utf_8_is_shown_without_the_password_of_its_url(tmp_path: Path) -> None:
+    done = run("say", "Hello.", "--save-to", "ftp://speaker:mistyped@host/caf\udce9", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "speaker@host" in done.stderr
+    assert "mistyped" not in done.stderr
+
+
+def test_a_closed_standard_input_is_an_error(tmp_path: Path, key: dict[str, str]) -> None:
+    command = Path(sys.executable).parent / "prefect-nanogpt"
+    done = subprocess.run(
+        ["sh", "-c", f"{command} say - <&-"], cwd=tmp_path, env={**os.environ, **key}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Standard input cannot be read: it is closed." in done.stderr
 
 
 def test_batch_says_every_line_and_prints_where_the_manifest_is(
@@ -465,3 +559,33 @@ def test_bad_usage_exits_with_2_and_says_what_is_wrong(arguments: list[str], wor
     assert (done.returncode, done.stdout) == (2, "")
     assert words in done.stderr.lower()
     assert len(done.stderr.splitlines()) <= 3
+
+
+# What is printed
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "ascii:strict"])
+def test_a_place_that_the_terminal_has_no_characters_for_ends_nothing(
+    encoding: str, tmp_path: Path, sandbox: Sandbox, key: dict[str, str]
+) -> None:
+    done = run("say", "Hello.", "--save-to", "звук", cwd=tmp_path, PYTHONIOENCODING=encoding, **key)
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 1), done.stderr
+    assert len(list((tmp_path / "звук").glob("*.mp3"))) == 1
+    done = run("say", "[sandbox:reject] Ё", "--save-to", "звук", cwd=tmp_path, PYTHONIOENCODING=encoding, **key)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "CONTENT_POLICY_VIOLATION" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_command_to_go_on_with_has_no_password_and_says_so(tmp_path: Path, key: dict[str, str]) -> None:
+    (tmp_path / "lines.csv").write_text("id,text\na,Hello.\n")
+    place = "ftp://speaker:mistyped@127.0.0.1:1/speech"
+    shown = "--save-to ftp://speaker@127.0.0.1:1/speech  # with the password put back into the URL"
+    for command in (["say", "Hello."], ["batch", "lines.csv"]):
+        done = run(*command, "--save-to", place, cwd=tmp_path, **key)
+        assert done.returncode == 1
+        assert f"prefect-nanogpt {shlex.join(command)} {shown}" in done.stderr
+        assert "mistyped" not in done.stderr
+    done = run("batch", f"{place}/lines.csv", cwd=tmp_path, **key)
+    assert done.returncode == 2
+    assert "mistyped" not in done.stderr

@@ -40,6 +40,7 @@ from prefect_nanogpt import NanoGPTCredentials
 from prefect_nanogpt.client import NanoGPTClient
 from prefect_nanogpt.errors import (
     AudioError,
+    BatchPartial,
     ContentPolicyViolation,
     NanoGPTError,
     ProviderError,
@@ -541,6 +542,24 @@ class TestAnswers:
         assert len(sandbox.ledger.charges) == 1
 
         await text_to_speech("Noise.", model="tts-1", **say, resubmit=["lost"])
+        assert len(sandbox.ledger.charges) == 2
+
+    async def test_a_line_that_another_run_cannot_help_says_so_and_what_can(
+        self, sandbox: Sandbox, say: dict[str, Any]
+    ) -> None:
+        picture = Answer(body=b"\xff\xd8\xff\xe0 a picture", headers={"content-type": "audio/mpeg"})
+        sandbox.on_submit([Accept(then=picture)])
+        lines = [{"id": "a", "text": "Seen once.", "model": "tts-1"}]
+        for _ in range(2):
+            with pytest.raises(BatchPartial, match=r"name `resubmit` \(1\) may end in the same way again") as caught:
+                await text_to_speech_batch(lines, **say)
+            [row] = caught.value.rows
+            assert row.outcome == "AUDIO_INVALID"
+            assert "Another run cannot help. To pay for it anew, set `resubmit`" in str(row.detail)
+        assert len(sandbox.ledger.charges) == 1
+
+        [row] = await text_to_speech_batch(lines, **say, resubmit=["lost"])
+        assert row.outcome == "completed"
         assert len(sandbox.ledger.charges) == 2
 
     async def test_a_url_that_came_as_the_answer_is_tried_again(self, sandbox: Sandbox, say: dict[str, Any]) -> None:

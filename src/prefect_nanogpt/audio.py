@@ -430,6 +430,8 @@ class _Outline:
 
     def columns(self) -> tuple[int, ...]:
         columns = min(COLUMNS, len(self._levels))
+        if not columns:  # shorter than one level
+            return ()
         bounds = [len(self._levels) * column // columns for column in range(columns + 1)]
         return tuple(max(self._levels[start:end]) for start, end in pairwise(bounds))
 

@@ -7,6 +7,8 @@ batch, and nothing else.
 from __future__ import annotations
 
 import asyncio
+import codecs
+import io
 import json
 import logging
 import os
@@ -47,7 +49,9 @@ from prefect_nanogpt.errors import (
     NanoGPTError,
     SubmissionUncertain,
     TTSJobRejected,
+    without_password,
 )
+from prefect_nanogpt.events import PASSWORD_LEFT_OUT
 from prefect_nanogpt.flows import collect_open_tickets, text_to_speech, text_to_speech_batch, wait_for_tts
 from prefect_nanogpt.flows.forms import LONGEST_TIMEOUT_SECONDS
 from prefect_nanogpt.job import RESUBMIT, Resubmit
@@ -69,6 +73,8 @@ BAD_USAGE: Final = 2
 INTERRUPTED: Final = 130
 TERMINATED: Final = 143
 LONGEST_REASON: Final = 300
+LONGEST_ARGUMENT: Final = 60
+UTF_16_MARKS: Final = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 GO_ON: Final = (
     "Whatever was submitted is paid for, and is found again; what was not, or has failed by then, is submitted and "
     "charged. To go on:"
@@ -173,12 +179,49 @@ def _text_of(text: str | None, file: Path | None) -> str:
         raise UsageError("Give a text, - for standard input, or --file, and only one of them.")
     if text is not None and text.startswith("-") and text != "-" and "--" not in sys.argv:
         raise UsageError(f"Unknown option: {text}.")
+    if file is None and text != "-":
+        return str(text)
+    what = str(file or "Standard input")
+    if file is None and sys.stdin is None:
+        raise UsageError("Standard input cannot be read: it is closed.")
     try:
-        if file is not None:
-            return file.read_text(encoding="utf-8-sig")
-        return sys.stdin.read() if text == "-" else str(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file or 'Standard input'} cannot be read: {error}") from None
+        content = file.read_bytes() if file is not None else sys.stdin.buffer.read()
+    except OSError as error:
+        raise UsageError(f"{what} cannot be read: {error}") from None
+    # The same text is the same job, wherever its lines were ended.
+    return _decoded(content, f"{what} cannot be read: it").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _decoded(content: bytes, what: str) -> str:
+    """Decode UTF-8, whatever the locale says, without the mark that may be at its beginning."""
+    if content.startswith(UTF_16_MARKS):
+        raise UsageError(
+            f"{what} is UTF-16, by the mark at its beginning, and UTF-8 is needed. Convert it, for instance "
+            "with `iconv -f UTF-16 -t UTF-8`. Nothing was submitted."
+        )
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UsageError(
+            f"{what} is not UTF-8: the byte 0x{content[error.start]:02x} at offset {error.start} (line {line}) begins "
+            "no character. Convert it, for instance with `iconv -f ISO-8859-1 -t UTF-8`. Nothing was submitted."
+        ) from None
+    if "\0" in text:
+        raise UsageError(
+            f"{what} has a zero byte, as text in UTF-16 or UTF-32 has, and UTF-8 is needed. Convert it, for "
+            "instance with `iconv -f UTF-16LE -t UTF-8`. Nothing was submitted."
+        )
+    return text
+
+
+def _argument(number: int, argument: str) -> str:
+    """Give an argument as it was meant: Python marks the bytes that are no characters of the locale."""
+    if argument.isascii() or not any("\ud800" <= character <= "\udfff" for character in argument):
+        return argument
+    content = os.fsencode(argument)
+    shown = textwrap.shorten(content.decode(errors="backslashreplace"), LONGEST_ARGUMENT, placeholder="…")
+    return _decoded(content, f"The argument {number} ({without_password(shown)})")
 
 
 @app.command
@@ -324,7 +367,11 @@ def _server(port: int) -> Iterator[None]:
 
 def main() -> None:
     """Run the command line and exit: 0, 1 for a job that failed, 2 for bad usage."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal has no characters for ends nothing
+            stream.reconfigure(errors="backslashreplace")
     try:
+        sys.argv[1:] = [_argument(number, argument) for number, argument in enumerate(sys.argv[1:], 1)]
         sys.exit(app(sys.argv[1:]))
     except (CycloptsError, UsageError) as error:
         console.print(f"{error} (prefect-nanogpt --help)", markup=False)
@@ -392,7 +439,9 @@ def _run_tracked(flow_run: Callable[[], Coroutine[Any, Any, str]], save_to: str)
         console.print(f"Stopped. {_to_go_on(save_to)}", markup=False)
         return TERMINATED if signals else INTERRUPTED
     except (httpx.HTTPError, RuntimeError) as error:
-        words = textwrap.shorten(str(error), LONGEST_REASON, placeholder="…")
+        server = PREFECT_API_URL.value() or ""
+        words = str(error).replace(server, without_password(server)) if server else str(error)
+        words = textwrap.shorten(words, LONGEST_REASON, placeholder="…")
         console.print(f"Prefect cannot be used: {words}", style="red", markup=False)
         console.print(_to_go_on(save_to), markup=False)
         return JOB_FAILED
@@ -421,8 +470,18 @@ def _this_command(save_to: str, *more: str) -> str:
             kept.append(word)
         elif not is_whole:
             next(words, None)
-    command = shlex.join([*kept, "--save-to", absolute(save_to), *more, *typed[end:]])
-    return f"{command}  # with the same text on standard input" if "-" in kept else command
+    place = absolute(save_to)
+    given = [*kept, "--save-to", place]
+    # A text is left as it is: with another one the command would pay for another job.
+    shown = (
+        [without_password(word) for word in given]
+        if typed[:1] == ["batch"]
+        else [*kept, "--save-to", without_password(place)]
+    )
+    notes = ["with the same text on standard input"] if "-" in kept else []
+    notes += [PASSWORD_LEFT_OUT] if shown != given else []
+    command = shlex.join([*shown, *more, *typed[end:]])
+    return f"{command}  # {' and '.join(notes)}" if notes else command
 
 
 def _how_to_go_on(error: NanoGPTError, save_to: str) -> str | None:

@@ -36,6 +36,7 @@ from prefect_nanogpt.errors import (
     NothingSent,
     ProviderError,
     SubmissionUncertain,
+    without_password,
 )
 from prefect_nanogpt.models import (
     AudioContent,
@@ -50,7 +51,7 @@ from prefect_nanogpt.models import (
     parse_submission,
 )
 
-__all__ = ["DEFAULT_BASE_URL", "NanoGPTClient", "in_own_thread"]
+__all__ = ["DEFAULT_BASE_URL", "NanoGPTClient", "in_own_thread", "split_login"]
 
 R = TypeVar("R")
 DEFAULT_BASE_URL: Final = "https://nano-gpt.com/api"
@@ -90,10 +91,11 @@ class NanoGPTClient:
 
     Args:
         api_key: The NanoGPT API key.
-        base_url: The root of the API, without a trailing slash.
+        base_url: The root of the API, with or without a trailing slash.
         key_source: Where the key comes from, to be named when it is refused.
 
     Attributes:
+        base_url: The root of the API, without a trailing slash, and without the user and password it may have had.
         requests_per_second: How many requests to make to the API, at most; None for no limit.
 
     Raises:
@@ -108,7 +110,7 @@ class NanoGPTClient:
         api_key = api_key.strip()
         if not api_key or not (api_key.isascii() and api_key.isprintable()) or " " in api_key:
             raise CredentialsError("The NanoGPT API key is empty or has characters that no key has.")
-        self.base_url = base_url.rstrip("/")
+        self.base_url, login = split_login(base_url.rstrip("/"))
         self._key_source = key_source
         user_agent = f"prefect-nanogpt/{__version__} Python/{platform.python_version()}"
         ssl_context = httpx.create_ssl_context()
@@ -116,8 +118,11 @@ class NanoGPTClient:
             headers={"x-api-key": api_key, "user-agent": user_agent, "accept": "application/json, audio/*"},
             timeout=STATUS_TIMEOUT,
             verify=ssl_context,
+            auth=login,
         )
-        self._submissions = httpx.Client(headers=self._api.headers, timeout=SUBMIT_TIMEOUT, verify=ssl_context)
+        self._submissions = httpx.Client(
+            headers=self._api.headers, timeout=SUBMIT_TIMEOUT, verify=ssl_context, auth=login
+        )
         self._audio = httpx.AsyncClient(
             headers={"user-agent": user_agent, "accept": "audio/*, */*;q=0.1", "accept-encoding": "identity"},
             timeout=STATUS_TIMEOUT,
@@ -334,10 +339,12 @@ class NanoGPTClient:
             for _ in range(MAX_REDIRECTS + 1):
                 await self._check_audio_url(url)
                 begun = False
+                # httpx logs the address of each request.
+                address, login = split_login(url)
                 try:
-                    async with self._audio.stream("GET", url) as response:
+                    async with self._audio.stream("GET", address, auth=login) as response:
                         if response.has_redirect_location:
-                            url = str(response.url.join(response.headers["location"]))
+                            url = str(httpx.URL(url).join(response.headers["location"]))
                             continue
                         if response.status_code != httpx.codes.OK:
                             raise AudioError(
@@ -505,6 +512,17 @@ async def _is_public(host: str, port: int) -> bool:
     except OSError:
         return True
     return all(ipaddress.ip_address(str(info[4][0]).partition("%")[0]).is_global for info in infos)
+
+
+def split_login(url: str) -> tuple[str, tuple[str, str] | None]:
+    """Split a URL into one that may be shown, and the user and the password that it had."""
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        return without_password(url), None
+    if not parsed.userinfo:
+        return url, None
+    return str(parsed.copy_with(username=None, password=None)), (parsed.username, parsed.password)
 
 
 def _host(url: str) -> str:

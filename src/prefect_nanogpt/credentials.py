@@ -13,7 +13,7 @@ import httpx
 from prefect.blocks.abstract import CredentialsBlock
 from pydantic import Field, HttpUrl, PrivateAttr, SecretStr, ValidationError, field_validator
 
-from prefect_nanogpt.client import DEFAULT_BASE_URL, NanoGPTClient
+from prefect_nanogpt.client import DEFAULT_BASE_URL, NanoGPTClient, split_login
 from prefect_nanogpt.errors import CredentialsError
 from prefect_nanogpt.events import run_logger
 
@@ -104,15 +104,15 @@ async def find_credentials() -> NanoGPTCredentials:
             found = NanoGPTCredentials(api_key=SecretStr(api_key), base_url=base_url)
         except ValidationError:
             raise CredentialsError(
-                f"NANOGPT_BASE_URL={base_url!r} is not an http or https URL.", code=INVALID_CREDENTIALS
+                "What NANOGPT_BASE_URL is set to is not an http or https URL.", code=INVALID_CREDENTIALS
             ) from None
         found._source = "the environment variable NANOGPT_API_KEY"
         return found
     if base_url != DEFAULT_BASE_URL:
         # Whoever exported the sandbox's address must not be charged by the address of the block.
         raise CredentialsError(
-            f"NANOGPT_BASE_URL is set to {base_url} and NANOGPT_API_KEY is not: set both, or neither to use the saved "
-            "block. No request was made.",
+            f"NANOGPT_BASE_URL is set to {_address(base_url)} and NANOGPT_API_KEY is not: set both, or neither to use "
+            "the saved block. No request was made.",
             code=INVALID_CREDENTIALS,
         )
     try:
@@ -162,8 +162,13 @@ async def provider_and_ledger(credentials: NanoGPTCredentials | None) -> tuple[s
         if error.code != CredentialsError.default_code:
             raise
         # What is there already needs no key.
-        return (os.environ.get("NANOGPT_BASE_URL") or DEFAULT_BASE_URL).rstrip("/"), None
-    return found.base_url.rstrip("/"), found.ledger
+        return _address(os.environ.get("NANOGPT_BASE_URL") or DEFAULT_BASE_URL), None
+    return _address(found.base_url), found.ledger
+
+
+def _address(base_url: str) -> str:
+    """Give the address of an API as it is shown and noted: without a login, and of one that is no URL the host."""
+    return split_login(base_url.rstrip("/"))[0] if "://" in base_url else base_url.rpartition("@")[2]
 
 
 @asynccontextmanager

@@ -7,7 +7,9 @@ them survive pickling, because Prefect carries them from a task or a child flow 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar, Final
+from urllib.parse import unquote
 
 if TYPE_CHECKING:
     from prefect_nanogpt.lines import ManifestRow
@@ -29,6 +31,8 @@ __all__ = [
 
 CONTENT_POLICY_VIOLATION = "CONTENT_POLICY_VIOLATION"
 TTS_FAILED = "TTS_FAILED"
+_PASSWORD: Final = re.compile(r"(?<=://)([^/?#:@\[]*):(?:([^/?#]*)|(?!\d*(?:[/?#]|$))(.*))@", re.DOTALL)
+"""The user and the password of a URL; also a password that has a character which ends the host in a URL."""
 
 
 def normalize_code(code: object) -> str | None:
@@ -41,6 +45,29 @@ def normalize_code(code: object) -> str | None:
     if not isinstance(code, str):
         return None
     return re.sub(r"[^A-Z0-9]+", "_", code.upper()).strip("_")[:64].rstrip("_") or None
+
+
+def without_password(url: str) -> str:
+    """Give a URL, or a path, as it may be shown and kept.
+
+    Example:
+        >>> without_password("ftp://speaker:secret@host/speech")
+        'ftp://speaker@host/speech'
+    """
+    return _PASSWORD.sub(r"\1@", url)
+
+
+def passwords_in(url: str) -> list[str]:
+    """List the passwords in a URL, which may be one in another, as they are written there."""
+    return [found[2] or found[3] for found in _PASSWORD.finditer(url) if found[2] or found[3]]
+
+
+def hide(secrets: Iterable[str], words: str) -> str:
+    """Take secrets out of what somebody says, also where they are not written as in a URL."""
+    for secret in filter(None, secrets):
+        for spelled in (secret, unquote(secret)):
+            words = re.sub(rf"(?<!\w){re.escape(spelled)}(?!\w)", "***", words)
+    return words
 
 
 class NanoGPTError(Exception):

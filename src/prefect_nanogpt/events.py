@@ -12,11 +12,13 @@ from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 from pydantic import BaseModel, ConfigDict
 
+from prefect_nanogpt.errors import without_password
 from prefect_nanogpt.models import Ticket
 
 __all__ = ["RunReference", "announce", "resume_command", "run_logger", "this_run"]
 
 LOGGER_NAME: Final = "prefect.nanogpt"
+PASSWORD_LEFT_OUT: Final = "with the password put back into the URL"
 
 
 class RunReference(BaseModel):
@@ -85,10 +87,12 @@ def run_logger() -> logging.Logger | logging.LoggerAdapter[Any]:
 
 
 def resume_command(ticket: Ticket, save_to: str) -> str:
-    """Write the shell command that waits for a ticket again."""
+    """Write the shell command that waits for a ticket again, without the password that a URL may have."""
     words = ["prefect-nanogpt", "wait", ticket.run_id, "--model", ticket.model]
     if ticket.cost is not None:
         words += ["--cost", f"{ticket.cost:f}"]
     if ticket.payment_source:
         words += ["--payment-source", ticket.payment_source]
-    return shlex.join([*words, "--save-to", save_to])
+    shown = without_password(save_to)
+    command = shlex.join([*words, "--save-to", shown])
+    return command if shown == save_to else f"{command}  # {PASSWORD_LEFT_OUT}"

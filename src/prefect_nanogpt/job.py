@@ -515,7 +515,7 @@ def _note_end(job: Job, terms: Terms, known: Submitted, error: NanoGPTError, is_
             # Bytes that came as the answer will not get better. A URL may, and nobody can be asked for another one.
             if isinstance(submission, AudioContent) or (not is_new and "lost" in terms.resubmit):
                 over = "lost"
-            again = "" if over else " Run it again to try the URL again."
+            again = " Another run cannot help." if over else " Run it again to try the URL again."
             error.message += f" The job is paid for, and the provider gave nothing else.{again}"
             error.message += f" To pay for it anew, {RESUBMIT}lost."
     if over is not None and terms.ledger.note_over(job.id, number, over, error) and isinstance(error, TTSJobRejected):

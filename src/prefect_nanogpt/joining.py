@@ -217,7 +217,8 @@ def _packets(file: Path, container: str) -> Iterator[Packet[AudioStream]]:
 
 
 def _encoded(pieces: Sequence[Piece], context: AudioCodecContext, silence_rate: int) -> Iterator[Packet[AudioStream]]:
-    conversion = Conversion(context.format.name, context.layout.name, context.sample_rate)
+    # By way of integers, since damaged audio can decode to NaN or infinity, which LAME ends the process for.
+    conversion = Conversion("s32", context.layout.name, context.sample_rate)
 
     def converted() -> Iterator[AudioFrame]:
         for piece in pieces:

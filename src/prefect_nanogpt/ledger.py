@@ -41,7 +41,7 @@ from typing import Any, Final, Literal, NamedTuple, ParamSpec, TypeVar
 
 from pydantic import ValidationError
 
-from prefect_nanogpt.errors import NanoGPTError, StorageError
+from prefect_nanogpt.errors import NanoGPTError, StorageError, passwords_in
 from prefect_nanogpt.events import RunReference, run_logger, this_run
 from prefect_nanogpt.models import AudioContent, AudioFile, Completed, Submission, Ticket, TTSRequest
 from prefect_nanogpt.storage import Destination, is_temporary, kept_name
@@ -211,7 +211,7 @@ class Ledger:
     def __init__(self, destination: Destination, beside: Destination | None = None) -> None:
         self.destination = destination
         self._home = beside or destination
-        self.place = self._home.save_to
+        self.place = self._home.shown
         self.folder = self._home.folder(FOLDER)
         self._remembered = self._unwritten.setdefault(self.folder.save_to, {})
 
@@ -232,9 +232,16 @@ class Ledger:
 
     def warnings(self) -> list[str]:
         """Say what is weak about this place, once in a process."""
-        if self.place in self._warned:
-            return []
         found = []
+        if passwords_in(self.destination.save_to) and self.destination.save_to not in self._warned:
+            self._warned.add(self.destination.save_to)
+            found.append(
+                f"The URL {self.destination.shown} was given with its password, and Prefect shows the parameters of a "
+                "run to everybody who may see the run. Save a Remote File System block, or give the password in the "
+                "environment (FSSPEC_FTP, FSSPEC_SFTP)."
+            )
+        if self.place in self._warned:
+            return found
         if self._home.is_local and self._home is self.destination and is_temporary(Path(self.place)):
             found.append(
                 f"{self.place} is in the system's temporary folder, and with it the record of what is paid for. Save "
@@ -242,7 +249,7 @@ class Ledger:
             )
         if self._home is not self.destination and Ledger(self.destination).identity() is not None:
             found.append(
-                f"{self.destination.save_to} has a record of its own of what is paid for, which is not read while "
+                f"{self.destination.shown} has a record of its own of what is paid for, which is not read while "
                 f"another place is set for it ({self.place}): texts that are paid for there may be paid for again."
             )
         if not self.folder.claims_exclusively:
@@ -342,8 +349,8 @@ class Ledger:
         """Tell the folder of a file that a note names: that of a part is the ledger's own."""
         if name.startswith(f"{FOLDER}/"):
             return self.folder, name.removeprefix(f"{FOLDER}/")
-        save_to = note.get("save_to", self.destination.save_to)
-        return (self.destination if save_to == self.destination.save_to else Destination(save_to)), name
+        save_to = note.get("save_to", self.destination.shown)
+        return (self.destination if save_to == self.destination.shown else Destination(save_to)), name
 
     def costs(self, *entries: Entry) -> dict[str | None, Decimal]:
         """Sum up what the provider said that the tries of jobs cost, by currency. Refunds are not known."""
@@ -419,7 +426,9 @@ class Ledger:
                 return claim
         except Exception as error:
             self.release(claim, never_sent=True)
-            raise error if isinstance(error, NanoGPTError) else self.folder.failure(error) from error
+            if isinstance(error, NanoGPTError):
+                raise
+            raise self.folder.failure(error) from self.folder.cause(error)
         self.release(claim)
         return None
 
@@ -506,7 +515,7 @@ class Ledger:
     def _elsewhere(self) -> dict[str, Any]:
         if self._home is self.destination:
             return {}
-        return {"save_to": self.destination.save_to, "machine": socket.gethostname()}
+        return {"save_to": self.destination.shown, "machine": socket.gethostname()}
 
     def _end(self, job: str, number: int, state: str, note: Mapping[str, Any]) -> bool:
         is_new, failure = self._write(_name(job, number, state), _json(note))

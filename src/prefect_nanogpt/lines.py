@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 import fsspec
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from prefect_nanogpt.errors import NanoGPTError
+from prefect_nanogpt.errors import NanoGPTError, hide, passwords_in, without_password
 from prefect_nanogpt.events import run_logger
 from prefect_nanogpt.models import Ticket, TTSRequest, problems_in
 from prefect_nanogpt.storage import Destination, file_stem
@@ -167,8 +167,9 @@ def _rows(lines: Iterable[Mapping[str, Any]] | str) -> Iterator[tuple[str, Mappi
         with fsspec.open(lines, "rt", encoding="utf-8-sig", newline="") as file:
             yield from _json_rows(file) if lines.endswith((".jsonl", ".ndjson")) else _csv_rows(file)
     except (OSError, ValueError, ImportError, csv.Error) as error:
+        words = hide(passwords_in(lines), str(error))
         raise NanoGPTError(
-            f"{lines} cannot be read: {error}. Nothing was submitted.", code="LINES_UNREADABLE"
+            f"{without_password(lines)} cannot be read: {words}. Nothing was submitted.", code="LINES_UNREADABLE"
         ) from None
 
 

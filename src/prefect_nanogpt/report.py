@@ -20,6 +20,7 @@ from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
 from prefect.context import FlowRunContext
 
+from prefect_nanogpt.client import split_login
 from prefect_nanogpt.errors import (
     AudioError,
     ContentPolicyViolation,
@@ -334,7 +335,8 @@ def _link(url: str | None) -> str | None:
         return None
     # The V1 UI shows the backslashes of escapes within a link.
     host = re.sub(r"[^A-Za-z0-9.-]", "", urlsplit(url).hostname or "")
-    return f"[at {host or 'the provider'}]({quote(url, safe=':/?#@!$&*+,;=%~-._')}), for as long as it is kept there"
+    address = quote(split_login(url)[0], safe=":/?#@!$&*+,;=%~-._")
+    return f"[at {host or 'the provider'}]({address}), for as long as it is kept there"
 
 
 def _money(cost: Decimal | None, currency: str | None) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import ftplib
 import hashlib
 import os
 import random
@@ -21,15 +22,23 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, Final, ParamSpec, TypeVar
-from urllib.parse import urlsplit
+from typing import Any, BinaryIO, Final, NamedTuple, ParamSpec, TypeVar
+from urllib.parse import unquote, urlsplit
 
 import fsspec
+from fsspec.implementations.ftp import FTPFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from prefect.settings import PREFECT_HOME
 
 from prefect_nanogpt.audio import CONTENT_TYPES, EXTENSIONS, Sound, inspect
-from prefect_nanogpt.errors import AudioError, NanoGPTError, StorageError
+from prefect_nanogpt.errors import (
+    AudioError,
+    NanoGPTError,
+    StorageError,
+    hide,
+    passwords_in,
+    without_password,
+)
 from prefect_nanogpt.models import AudioFile
 
 try:
@@ -49,10 +58,23 @@ _EXCLUSIVE: Final = frozenset({"s3", "gs", "abfs", "memory"})
 BLOCK: Final = "remote-file-system/"
 CREATE_ATTEMPTS: Final = 5
 _ONE_THREAD: Final = threading.RLock()
+IDLE_SECONDS: Final = 20.0
+FTP_BLOCK_BYTES: Final = 8 * 1024**2
+"""Of a longer file the driver makes several transfers, each with an offset, which not every server takes."""
+# The answers of an FTP server that say something about a file, or that a command is not known.
+_ABOUT_THE_FILE: Final = frozenset({"450", "500", "501", "502", "504", "550", "553"})
+# How S3 stores say that they do not know a header that botocore sends with an upload, or the body that goes with it.
+_CHECKSUM_REFUSED: Final = frozenset({"NotImplemented", "XAmzContentSHA256Mismatch", "MissingContentLength"})
+_UNUSABLE_HEADER: Final = frozenset({"InvalidArgument", "InvalidRequest", "BadRequest"})
+_CHECKSUM_WORDS: Final = re.compile("checksum|aws-chunked|content-sha256|trailer", re.IGNORECASE)
+# What trying again does not mend.
+_FINAL: Final = (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, ftplib.error_perm)
 _BLOCK_BYTES: Final = 1024**2
 _PART: Final = ".part"
 # What a file system says that has no hard links.
 _NO_LINKS: Final = frozenset({errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+# Settings of a block that no message may show.
+_SECRET: Final = re.compile("pass|secret|token|key|credential", re.IGNORECASE)
 _AUDIO_NAME: Final = re.compile(rf"\.({'|'.join(EXTENSIONS)})$", re.IGNORECASE)
 
 
@@ -103,10 +125,18 @@ def is_temporary(folder: Path) -> bool:
 
 
 class _OneThread:
-    """A file system for one thread at a time: drivers that are not asynchronous talk over one connection, if any."""
+    """A file system for one thread at a time: drivers that are not asynchronous talk over one connection, if any.
+
+    Servers end a connection that is idle while a job is waited for, and drivers keep and share it all the same, so it
+    is looked at before it is used after a pause, and made anew after a failure.
+    """
 
     def __init__(self, fs: Any) -> None:
         self._fs = fs
+        self._is_lost = False
+        self._used_at = float("-inf")
+        if isinstance(fs, FTPFileSystem):
+            _tame(fs)
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._fs, name)
@@ -115,9 +145,77 @@ class _OneThread:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             with _ONE_THREAD:
-                return found(*args, **kwargs)
+                self._connect_again_if_lost()
+                try:
+                    return found(*args, **kwargs)
+                except (*_FINAL, NotImplementedError):
+                    raise
+                except Exception:
+                    self._is_lost = True
+                    raise
+                finally:
+                    self._used_at = time.monotonic()
 
         return call
+
+    def _connect_again_if_lost(self) -> None:
+        if not hasattr(self._fs, "_connect") or not hasattr(self._fs, "ftp"):
+            return
+        if not self._is_lost and time.monotonic() - self._used_at > IDLE_SECONDS:
+            connection = self._fs.ftp
+            try:
+                connection.voidcmd("NOOP") if isinstance(connection, ftplib.FTP) else connection.stat("/")
+            except Exception:
+                self._is_lost = True
+        if self._is_lost:
+            self._fs._connect()
+            self._is_lost = False
+
+
+def _tame(fs: Any) -> None:
+    """Make the driver of FTP tell what is not there from what cannot be had, and move a file in one piece.
+
+    It takes all that the server refuses for "not there", a lost connection and a login that has ended included.
+    """
+    connect = fs._connect
+
+    def listen() -> None:
+        answer = fs.ftp.getresp
+
+        def getresp() -> Any:
+            try:
+                return answer()
+            except ftplib.Error as error:
+                if str(error)[:3] in _ABOUT_THE_FILE:
+                    raise
+                raise ConnectionError(str(error)) from None
+
+        fs.ftp.getresp = getresp
+
+    def connect_and_listen() -> None:
+        connect()
+        listen()
+
+    fs.blocksize = FTP_BLOCK_BYTES
+    fs._connect = connect_and_listen
+    listen()
+
+
+class _Place(NamedTuple):
+    """A file system, the folder as its driver spells it, the host of its URL, and what is secret in URL or settings."""
+
+    fs: Any
+    root: str
+    host: str
+    secrets: list[str]
+
+
+def _split_login(url: str) -> tuple[str, dict[str, str]]:
+    """Take the user and the password out of a URL whose driver would take them from it without decoding them."""
+    driver = fsspec.get_filesystem_class(fsspec.core.split_protocol(url)[0] or "file")
+    found = {} if "::" in url else driver._get_kwargs_from_urls(url)
+    login = {name: unquote(found[name]) for name in ("username", "password") if found.get(name)}
+    return url.replace(f"{urlsplit(url).netloc.rpartition('@')[0]}@", "", 1) if login else url, login
 
 
 class Destination:
@@ -149,11 +247,12 @@ class Destination:
             raise StorageError("save_to is empty: give a folder or a URL such as s3://bucket/speech.")
         if _AUDIO_NAME.search(save_to):
             raise NanoGPTError(
-                f"save_to={save_to!r} is a folder, and this looks like a file. Give the folder, and the name of the "
-                "file without its extension as `name`. Nothing was submitted.",
+                f"save_to={without_password(save_to)!r} is a folder, and this looks like a file. Give the folder, and "
+                "the name of the file without its extension as `name`. Nothing was submitted.",
                 code="INVALID_REQUEST",
             )
         self.save_to = absolute(save_to)
+        """The place as it was given: it is never shown nor kept, since it may have a password in it."""
         # A block is loaded when it is needed, in a thread, because that asks the Prefect server.
         self.is_local = not save_to.startswith(BLOCK) and isinstance(self.fs, LocalFileSystem)
 
@@ -164,6 +263,11 @@ class Destination:
         folder.is_local = self.is_local
         folder._parent = (self, name)
         return folder
+
+    @property
+    def shown(self) -> str:
+        """The place without the password that its URL may have, for messages and notes."""
+        return without_password(self.save_to)
 
     async def save(
         self,
@@ -277,12 +381,16 @@ class Destination:
 
     def read(self, name: str) -> bytes | None:
         """Read a small file from here; None where there is none."""
-        try:
-            if self.is_local:
-                return Path(self.root, name).read_bytes()
-            return bytes(self.fs.cat_file(f"{self.root}/{name}"))
-        except FileNotFoundError:
-            return None
+        for _ in range(2):
+            try:
+                if self.is_local:
+                    return Path(self.root, name).read_bytes()
+                return bytes(self.fs.cat_file(f"{self.root}/{name}"))
+            except FileNotFoundError:
+                # FTP has one answer for a file that is not there and for one that may not be read.
+                if self.is_local or self.is_bucket or name not in self.list_files(name):
+                    return None
+        raise StorageError(f"{name} in {self.shown} is there and cannot be read.")
 
     def create(self, name: str, content: bytes) -> bool:
         """Create a small file, durably, where there is none; whether this call has created it.
@@ -323,6 +431,11 @@ class Destination:
         if self.is_local:
             return True
         if self._protocols.isdisjoint(_EXCLUSIVE):
+            self.write("probe", b"What is written here must be seen here.")
+            if "probe" not in self.list_files("probe"):
+                raise StorageError(
+                    f"{self.shown} does not list what is written to it, so what is paid for could not be found again."
+                )
             return False
         probe = f"{self.root}/probe"
         created = 0
@@ -474,17 +587,23 @@ class Destination:
                 self.fs.put_file(str(part), path + _PART)
                 self.fs.mv(path + _PART, path)
         except Exception as error:  # the drivers of buckets have families of errors of their own
-            raise self.failure(error) from error
+            raise self.failure(error) from self.cause(error)
         return self._location(path)
 
     _parent: tuple[Destination, str] | None = None
 
     @cached_property
-    def _place(self) -> tuple[Any, str, str]:
+    def _place(self) -> _Place:
         if self._parent is not None:
             parent, name = self._parent
-            return parent.fs, f"{parent.root}/{name}", parent._place[2]
+            return parent._place._replace(root=f"{parent.root}/{name}")
         url, settings = self.save_to, {}
+        secrets: list[str] = []
+        if any(set("/?#") & set(password) for password in passwords_in(url)):
+            raise StorageError(
+                f"The password in save_to={self.shown!r} has a character that ends the host in a URL: write / as %2F, "
+                "? as %3F, # as %23 and @ as %40. Nothing was submitted."
+            )
         try:
             if url.startswith(BLOCK):
                 from prefect.filesystems import RemoteFileSystem
@@ -492,13 +611,17 @@ class Destination:
                 # In a thread there is no loop to await in, but the flow's context may still say so.
                 block: Any = RemoteFileSystem.load(url.removeprefix(BLOCK), _sync=True)  # type: ignore[call-arg]
                 url, settings = block.basepath, block.settings
-            fs, root = fsspec.core.url_to_fs(url, **settings)
+            secrets += passwords_in(url)
+            secrets += [str(value) for name, value in settings.items() if _SECRET.search(name)]
+            bare, login = _split_login(url)
+            fs, root = fsspec.core.url_to_fs(bare, **(login | settings))
         except Exception as error:  # some drivers log in at once
-            is_final = isinstance(error, (ImportError, ValueError))
-            raise StorageError(f"save_to={self.save_to!r} cannot be used: {error}", retryable=not is_final) from None
+            is_final = isinstance(error, (ImportError, ValueError, ftplib.error_perm))
+            words = hide(secrets, str(error))
+            raise StorageError(f"save_to={self.shown!r} cannot be used: {words}", retryable=not is_final) from None
         if not fs.async_impl and not isinstance(fs, LocalFileSystem):
             fs = _OneThread(fs)
-        return fs, root.rstrip("/"), re.sub(":[^@]*@", "@", urlsplit(url).netloc)
+        return _Place(fs, root.rstrip("/"), urlsplit(without_password(url)).netloc, secrets)
 
     def _turn(self) -> AbstractContextManager[Any]:
         return _ONE_THREAD if isinstance(self.fs, _OneThread) else nullcontext()
@@ -511,12 +634,12 @@ class Destination:
     @property
     def fs(self) -> Any:
         """The fsspec file system."""
-        return self._place[0]
+        return self._place.fs
 
     @property
     def root(self) -> str:
         """The folder as its driver spells it."""
-        return self._place[1]
+        return self._place.root
 
     @property
     def _protocols(self) -> set[str]:
@@ -537,9 +660,9 @@ class Destination:
     def _location(self, path: str) -> str:
         if self.is_local:
             return path
-        location = str(self.fs.unstrip_protocol(path))
+        location = without_password(str(self.fs.unstrip_protocol(path)))
         # The drivers of other machines, SFTP's for one, leave out which machine it is.
-        return location.replace(":///", f"://{self._place[2]}/", 1) if hasattr(self.fs, "host") else location
+        return location.replace(":///", f"://{self._place.host}/", 1) if hasattr(self.fs, "host") else location
 
     async def run(self, look: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run what blocks in a thread; whatever the driver raises becomes a `StorageError`."""
@@ -550,20 +673,31 @@ class Destination:
         except Exception as error:
             if self.is_local and not isinstance(error, OSError):
                 raise
-            raise self.failure(error) from error
+            raise self.failure(error) from self.cause(error)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise self.failure(error) from error
+            raise self.failure(error) from self.cause(error)
 
     def failure(self, error: Exception) -> StorageError:
         """Make the error of a failed access."""
         words = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
-        is_final = isinstance(error, (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError))
-        return StorageError(f"{self.save_to} cannot be used: {words.rstrip('.')}.", retryable=not is_final)
+        words = hide(self._secrets, words).rstrip(".")
+        hint = _hint_about_checksums(error)
+        is_final = bool(hint) or isinstance(error, _FINAL)
+        return StorageError(f"{self.shown} cannot be used: {words}.{hint}", retryable=not is_final)
+
+    def cause(self, error: Exception) -> Exception | None:
+        """Give what to name as the cause of a failed access: nothing where a traceback could show a password."""
+        return None if self._secrets else error
+
+    @property
+    def _secrets(self) -> list[str]:
+        place: _Place | None = vars(self).get("_place")  # without loading a block
+        return place.secrets if place else passwords_in(self.save_to)
 
 
 def _audio_file(location: str, sound: Sound, size: int, sha256: str) -> AudioFile:
@@ -592,9 +726,29 @@ def kept_name(name: str, sha256: str) -> str:
 
 def _says_it_exists(error: Exception) -> bool:
     """Whether a driver was told that a file exists: s3fs says so only where the store names the failed condition."""
-    response = getattr(error.__cause__, "response", None) or {}
-    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    status = _s3_answer(error).get("ResponseMetadata", {}).get("HTTPStatusCode")
     return isinstance(error, FileExistsError) or status == 412
+
+
+def _s3_answer(error: Exception) -> dict[str, Any]:
+    """Give what an S3 store has answered, of whose error the driver has made one of its own."""
+    return getattr(error, "response", None) or getattr(error.__cause__, "response", None) or {}
+
+
+def _hint_about_checksums(error: Exception) -> str:
+    """Say what helps where a store refuses the checksums that botocore adds to each upload since 1.36."""
+    said = _s3_answer(error).get("Error", {})
+    code, words = str(said.get("Code")), str(said.get("Message"))
+    names_them = code in _UNUSABLE_HEADER and _CHECKSUM_WORDS.search(words)
+    if os.environ.get("AWS_REQUEST_CHECKSUM_CALCULATION") == "when_required":
+        return ""
+    if code not in _CHECKSUM_REFUSED and not names_them:
+        return ""
+    return (
+        " Some stores refuse the checksums that AWS's library sends with every upload. Set "
+        "AWS_REQUEST_CHECKSUM_CALCULATION=when_required and AWS_RESPONSE_CHECKSUM_VALIDATION=when_required in the "
+        "environment."
+    )
 
 
 def _pause(attempt: int, failure: StorageError) -> None:

@@ -36,6 +36,7 @@ from prefect_nanogpt.flows.forms import (
     CostLimit,
     Credentials,
     DocumentedModel,
+    Lines,
     Resubmitted,
     SaveTo,
     Schedule,
@@ -49,6 +50,7 @@ from prefect_nanogpt.ledger import Entry, Job, Ledger, saved_as
 from prefect_nanogpt.lines import (
     COMPLETED,
     FILE_NAME,
+    ID_SHOWN,
     Line,
     Manifest,
     ManifestRow,
@@ -70,6 +72,7 @@ UNFINISHED: Final = "UNFINISHED"
 """A job that is paid for and that nobody has seen to its end: another run does."""
 COSTS: Final = ("cost", "currency", "other_costs")
 ROWS_SHOWN: Final = 100
+TEXT_SHOWN: Final = 80
 DETAIL_SHOWN: Final = 200
 PROGRESS_SECONDS: Final = 5.0
 LAST_WORD_SECONDS: Final = 5.0
@@ -95,7 +98,7 @@ def run_name() -> str:
     result_serializer=PLAIN_JSON,
 )
 async def text_to_speech_batch(
-    lines: Annotated[list[dict[str, Any]] | str, titled("Lines")],
+    lines: Lines,
     model: Annotated[DocumentedModel | str, titled("Model")] = DEFAULT_MODEL,
     voice: Annotated[str | None, titled("Voice")] = None,
     options: Annotated[dict[str, Any] | None, titled("Further options")] = None,
@@ -120,8 +123,9 @@ async def text_to_speech_batch(
     Equal lines are one job and several files.
 
     Args:
-        lines: A list of lines with `id`, `text` and, where wanted, `voice`, `model`, `take` and `options`; or the path
-            or fsspec URL of a CSV file with such columns or a JSON Lines file (`.jsonl`). Further fields are options.
+        lines: A list of lines with `id`, `text` and, where wanted, `voice`, `model`, `take`, documented options such as
+            `speed`, and others as `option.<name>`; or the path or fsspec URL of a table (CSV) with such columns, of a
+            JSON array or of JSON Lines.
         model: The model of the lines that name none.
         voice: The voice of the lines that name none.
         options: Options of the lines that do not set them; `TTSRequest` lists the documented ones.
@@ -376,7 +380,7 @@ class _Batch:
         job = self.jobs[index].id
         entry = self._entry(job)
         if isinstance(end, Said) and not entry.states:  # all that is charged is this try
-            return _completed(self.lines[index].id, job, end.audio, {"cost": end.audio.cost})
+            return _completed(self.lines[index], job, end.audio, {"cost": end.audio.cost})
         if isinstance(end, NanoGPTError):
             self._take_note_of(end, job)
             if end.code == COST_LIMIT_EXCEEDED:  # to look for each line that the limit refuses would take long
@@ -404,7 +408,7 @@ class _Batch:
             reason: Why this run has not seen it to an end.
             end: How it ended, where this run has seen that.
         """
-        line, job = self.lines[index].id, self.jobs[index]
+        line, job = self.lines[index], self.jobs[index]
         told: dict[str, Any] = {"outcome": NOT_SUBMITTED, "detail": reason}
         try:
             entry = entry if entry is not None else await self._ledger.run(self._ledger.entry, job.id)
@@ -415,7 +419,7 @@ class _Batch:
             elif entry.states:
                 told = await self._ledger.run(_standing, self._ledger, entry, reason, self._entry(job.id).last)
         except NanoGPTError as unreadable:
-            run_logger().warning("What is known of line %s cannot be read: %s", line, unreadable)
+            run_logger().warning("What is known of line %s cannot be read: %s", line.id, unreadable)
             told |= {"outcome": unreadable.code, "detail": unreadable.message}
         if told.pop("is_failed", False):
             self._failed.add(job.id)
@@ -423,7 +427,7 @@ class _Batch:
             return _completed(line, job.id, end.audio, told)
         if end is not None:
             told |= {"outcome": end.code, "detail": end.message, "ticket": end.ticket or told.get("ticket")}
-        return ManifestRow(id=line, job=job.id, **told)
+        return ManifestRow(id=line.id, text=line.request.text, job=job.id, **told)
 
     async def tell_from_ledger(self, reasons: Sequence[str | None]) -> None:
         """Tell from the ledger what others have done about the lines; where it knows nothing, why that may be."""
@@ -487,11 +491,12 @@ class _Batch:
         await self._table.show(json.dumps([_shown(row) for row in shown]), " ".join(parts))
 
 
-def _completed(line: str, job: str, audio: AudioFile, told: Mapping[str, Any]) -> ManifestRow:
+def _completed(line: Line, job: str, audio: AudioFile, told: Mapping[str, Any]) -> ManifestRow:
     costs = {name: told.get(name) for name in COSTS}
     costs["currency"] = costs["currency"] or audio.currency
     file = audio.model_dump(include={"location", "sha256", "size_bytes", "duration_seconds"})
-    return ManifestRow(id=line, outcome=COMPLETED, ticket=audio.ticket, job=job, **costs, **file)
+    told_of = {"id": line.id, "text": line.request.text, "ticket": audio.ticket, "job": job}
+    return ManifestRow(outcome=COMPLETED, **told_of, **costs, **file)
 
 
 def _amounts(costs: Mapping[str | None, Decimal]) -> dict[str, Any]:
@@ -548,7 +553,8 @@ def _standing(ledger: Ledger, entry: Entry, reason: str | None, had: int) -> dic
 
 def _shown(row: ManifestRow) -> dict[str, str]:
     return {
-        "line": row.id,
+        "line": textwrap.shorten(row.id, ID_SHOWN, placeholder="…"),
+        "text": textwrap.shorten(row.text, TEXT_SHOWN, placeholder="…"),
         "outcome": row.outcome,
         "audio or reason": row.location or textwrap.shorten(row.detail or "", DETAIL_SHOWN, placeholder="…"),
         "seconds": f"{row.duration_seconds:.1f}" if row.duration_seconds is not None else "",

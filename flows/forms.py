@@ -1,13 +1,14 @@
 """The parameters as the forms of the Prefect UI show them. Their descriptions come from the flows' docstrings."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from prefect_nanogpt.credentials import NanoGPTCredentials
+from prefect_nanogpt.lines import usable
 from prefect_nanogpt.models import PollSchedule
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Credentials",
     "DocumentedFormat",
     "DocumentedModel",
+    "Lines",
     "Resubmitted",
     "SaveTo",
     "Schedule",
@@ -28,6 +30,12 @@ __all__ = [
 def titled(title: str, **constraints: Any) -> Any:
     """Give a parameter a title. Prefect titles it by its name, but merges the extra schema over that."""
     return Field(json_schema_extra={"title": title}, **constraints)
+
+
+def _lines(lines: Any) -> Any:
+    if isinstance(lines, Iterator):
+        raise ValueError("these lines can be read only once, and Prefect reads parameters too: give list(lines)")
+    return usable(lines)
 
 
 # Offered to choose from; any other value can be typed.
@@ -43,6 +51,14 @@ DocumentedModel = Literal[
 ]
 DocumentedFormat = Literal["mp3", "opus", "aac", "flac", "wav"]
 
+Lines = Annotated[
+    list[dict[str, Any]] | str | os.PathLike[str],
+    BeforeValidator(_lines),
+    WithJsonSchema(
+        {"anyOf": [{"type": "array", "items": {"type": "object", "additionalProperties": True}}, {"type": "string"}]}
+    ),
+    titled("Lines"),
+]
 LONGEST_TIMEOUT_SECONDS = 30 * 24 * 3600
 SaveTo = Annotated[
     str | os.PathLike[str],

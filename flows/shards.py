@@ -25,6 +25,7 @@ from pydantic_core import to_jsonable_python
 
 from prefect_nanogpt.credentials import NanoGPTCredentials
 from prefect_nanogpt.errors import NanoGPTError
+from prefect_nanogpt.models import python_value
 from prefect_nanogpt.storage import absolute
 
 __all__ = ["DEPLOYMENT", "parameters_of_shards", "run_shards"]
@@ -72,7 +73,8 @@ def parameters_of_shards(
     if isinstance(whole["lines"], str) and "://" not in whole["lines"]:
         whole["lines"] = abspath(whole["lines"])
     whole["credentials"] = credentials_for_workers(credentials)
-    plain: dict[str, Any] = to_jsonable_python(whole)
+    # Values of NumPy and pandas come with rows of a data frame; those that are no JSON were refused or passed over.
+    plain: dict[str, Any] = to_jsonable_python(whole, inf_nan_mode="null", fallback=_as_python)
     return {
         number: {
             **plain,
@@ -84,6 +86,11 @@ def parameters_of_shards(
         }
         for number, limit in limits.items()
     }
+
+
+def _as_python(value: Any) -> Any:
+    plain = python_value(value)
+    return None if plain is value else plain
 
 
 async def run_shards(parameters: Mapping[int, Mapping[str, Any]], deployment: str | None) -> dict[int, State[Any]]:

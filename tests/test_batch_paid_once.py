@@ -433,7 +433,7 @@ class TestFolders:
         self, batch: dict[str, Any], save_to: str, sandbox: Sandbox
     ) -> None:
         [row] = await text_to_speech_batch(lines_of(1), **batch)
-        bare = {"id": row.id, "outcome": "completed", "job": row.job}
+        bare = {"id": row.id, "text": row.text, "outcome": "completed", "job": row.job}
         Path(save_to, "manifest.jsonl").write_text(json.dumps(bare) + "\n")
         assert await text_to_speech_batch(lines_of(1), **batch) == [row]
 
@@ -793,7 +793,15 @@ def settled(count: int, save_to: str, provider: str) -> Iterator[tuple[str, byte
     for line in read_lines(lines_of(count), {"model": DEFAULT_MODEL, "voice": None}):
         job = Job(provider, line.request, line.take, line.id).id
         file = {"location": f"{save_to}/{line.id}.mp3", "sha256": digest, "size_bytes": len(audio)}
-        row = ManifestRow(id=line.id, outcome="completed", cost=Decimal("0.001"), currency="USD", job=job, **file)
+        row = ManifestRow(
+            id=line.id,
+            text=line.request.text,
+            outcome="completed",
+            cost=Decimal("0.001"),
+            currency="USD",
+            job=job,
+            **file,
+        )
         manifest.append(row.model_dump_json(exclude_none=True))
         note = {"name": f"{line.id}.mp3", "audio": {**file, "container": "mp3", "content_type": "audio/mpeg"}}
         key = hashlib.sha256(f"{line.id}.mp3 {digest}".encode()).hexdigest()[:8]

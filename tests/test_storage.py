@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -419,6 +420,22 @@ def test_run_ids_that_differ_have_names_that_differ() -> None:
 )
 def test_a_plain_run_id_is_its_own_name(run_id: str) -> None:
     assert file_stem(run_id) == run_id
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["CON", "con", "Prn", "aux", "NUL", "COM0", "com1", "COM9", "LPT1", "lpt0", "COM¹", "CONIN$", "CONOUT$", "con.x"],
+)
+def test_the_devices_of_windows_are_no_names_of_files(name: str) -> None:
+    stem = file_stem(name)
+
+    assert re.fullmatch(rf"{name[:3]}[A-Za-z0-9-]*-[0-9a-f]{{16}}", stem)
+    assert file_stem(name) == stem
+
+
+@pytest.mark.parametrize("name", ["console", "COM", "com10", "LPT", "auxiliary", "nul-1", "CON_"])
+def test_names_that_begin_like_devices_stay(name: str) -> None:
+    assert file_stem(name) == name
 
 
 # Other audio under the same name

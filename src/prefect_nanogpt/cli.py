@@ -235,7 +235,7 @@ def batch(
     """Say every line of a file, each into a file of its own. Run it again to do what is missing.
 
     Args:
-        lines: A CSV file with the columns id and text, or a JSON Lines file; a path or an fsspec URL.
+        lines: A table (CSV) with the columns id and text, a JSON array or JSON Lines; a path or an fsspec URL.
         max_in_flight: How many lines to be at work on at once.
         requests_per_second: How many requests to make a second, at most 25.
     """

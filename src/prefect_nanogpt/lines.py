@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-import csv
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from decimal import Decimal
+from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
+from uuid import UUID
 
-import fsspec
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from prefect_nanogpt.errors import NanoGPTError, hide, passwords_in, without_password
+from prefect_nanogpt.errors import NanoGPTError
 from prefect_nanogpt.events import run_logger
-from prefect_nanogpt.models import Ticket, TTSRequest, problems_in
+from prefect_nanogpt.models import Ticket, TTSRequest, problems_in, python_value
 from prefect_nanogpt.storage import Destination, file_stem
+from prefect_nanogpt.tables import NO_OBJECT, Fault, Row, plain_name, read_json, read_rows
 
-__all__ = ["FILE_NAME", "Line", "Manifest", "ManifestRow", "costs_once", "read_lines", "shards_of"]
+__all__ = ["FILE_NAME", "Line", "Manifest", "ManifestRow", "costs_once", "read_lines", "shards_of", "usable"]
 
 FILE_NAME: Final = "manifest.jsonl"
 COMPLETED: Final = "completed"
 PROBLEMS_SHOWN: Final = 100
 REWRITE_SECONDS: Final = 30.0
-LONGEST_ID: Final = 100
+LONGEST_ID: Final = 1_000
+ID_SHOWN: Final = 100
+NAME_SHOWN: Final = 40
+OPTION: Final = "option."
+REMARK: Final = "#"
+NEAR: Final = 0.75
+"""How much of a name has to be as in a known one to ask whether that was meant: `voise` and `langauge` are."""
+OF_THE_LINE: Final = ("id", "text", "model", "voice", "take", "options")
+_KNOWN: Final = {plain_name(name): name for name in (*OF_THE_LINE, *TTSRequest.model_fields)}
 
 
 class Line(NamedTuple):
@@ -39,7 +50,8 @@ class ManifestRow(BaseModel):
     """What became of a line.
 
     Attributes:
-        id: The line.
+        id: The line. Its file has this name, or, where no file can, one that is made of it: `location` tells.
+        text: What was to be said.
         outcome: `completed`, or the code of why there is no audio.
         detail: The reason, where there is no audio.
         location: Where the audio is.
@@ -57,6 +69,7 @@ class ManifestRow(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     id: str
+    text: str
     outcome: str
     detail: str | None = None
     location: str | None = None
@@ -80,13 +93,15 @@ class ManifestRow(BaseModel):
         return (self.location or "").rpartition("/")[2]
 
 
-def read_lines(lines: Iterable[Mapping[str, Any]] | str, defaults: Mapping[str, Any], take: int = 1) -> list[Line]:
+def read_lines(
+    lines: Iterable[Mapping[str, Any]] | str | os.PathLike[str], defaults: Mapping[str, Any], take: int = 1
+) -> list[Line]:
     """Read the lines of a batch and check every one of them.
 
     Args:
-        lines: Mappings with `id`, `text`, and where wanted `voice`, `model`, `take` and `options`; or the path or
-            fsspec URL of a CSV file with these columns, or of a JSON Lines file (`.jsonl`, `.ndjson`) with these names.
-            What else a line has is an option of the model. Files are UTF-8.
+        lines: Mappings with `id`, `text` and, where wanted, `voice`, `model`, `take`, the documented options (`speed`,
+            `language`, …), and others, each as `option.<name>` or all as `options`; or the path or fsspec URL of a
+            table with such columns, of a JSON array or of JSON Lines.
         defaults: What applies to lines that do not say otherwise: `model`, `voice`, and options.
         take: The take of lines that do not say which.
 
@@ -97,107 +112,220 @@ def read_lines(lines: Iterable[Mapping[str, Any]] | str, defaults: Mapping[str, 
         >>> read_lines([{"id": "greeting", "text": "Hello!"}], {"model": "Kokoro-82m"})[0].request.model
         'Kokoro-82m'
     """
-    good: list[Line] = []
-    problems: list[str] = []
-    seen: dict[str, str] = {}
-    for place, fields in _rows(lines):
-        if isinstance(fields, str):
-            problems.append(f"{place}: {fields}")
-            continue
-        line_id = str(_given(fields.get("id"), "")).strip()
-        here = [f"{place}: {problem}" for problem in _problems_of(line_id, place, seen)]
-        options = _given(fields.get("options"), {})
-        try:
-            options = json.loads(options) if isinstance(options, str) else options
-            own = {
-                name: value
-                for name, value in fields.items()
-                if name not in ("id", "options", "take") and value not in (None, "")
-            }
-            line_take = _take(_given(fields.get("take"), take))
-            request = TTSRequest.model_validate({"text": "", **defaults, **options, **own})
-        except ValidationError as invalid:
-            here += [f"{place}: {problem}" for problem in problems_in(invalid)]
-        except (ValueError, TypeError):
-            here.append(f"{place}: options or take: options must be a JSON object, take a whole number from 1")
-        else:
-            good.append(Line(line_id, request, line_take))
-        problems += here
-    if not good and not problems:
-        problems.append("there are no lines")
-    if problems:
+    reading = _Reading(defaults, take)
+    for row in _rows(lines):
+        reading.add(row)
+    if not reading.lines and not reading.problems:
+        reading.note("there are no lines")
+    if problems := list(reading.problems.values()):
         more = f"; and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
         raise NanoGPTError(
             f"{'; '.join(problems[:PROBLEMS_SHOWN])}{more}. Nothing was submitted.", code="INVALID_LINES"
         )
-    return good
+    return reading.lines
 
 
-def _given(value: object, default: Any) -> Any:
-    """Give what a line says, or the default where it says nothing; 0 is something."""
-    return default if value is None or value == "" else value
+def usable(lines: Any) -> Any:
+    """Give lines as they can be read: a path as a string, anything else as it is.
+
+    Raises:
+        ValueError: It is a data frame, or the content of a table instead of its path.
+    """
+    if hasattr(lines, "to_dict"):
+        raise ValueError('a data frame is given row by row, as lines=frame.to_dict("records")')
+    if isinstance(lines, os.PathLike):
+        return os.fspath(lines)
+    if isinstance(lines, str) and (len(lines.splitlines()) > 1 or lines.lstrip().startswith(("{", "[{"))):
+        raise ValueError("this is what is in a table, not the path of one: save it as a file, or give a list of lines")
+    return lines
 
 
-def _take(value: object) -> int:
-    take = int(str(value))
-    if take < 1:
-        raise ValueError("the first take is 1")
-    return take
-
-
-def _problems_of(line_id: str, place: str, seen: dict[str, str]) -> Iterator[str]:
-    if not line_id:
-        yield "there is no id"
-        return
-    if len(line_id) > LONGEST_ID or not line_id.isprintable() or {"/", "\\"} & set(line_id) or line_id.strip(".") == "":
-        yield f"the id {line_id[:LONGEST_ID]!r} cannot be the name of a file"
-    # There are file systems that do not tell upper from lower case.
-    first = seen.setdefault(file_stem(line_id).casefold(), place)
-    if first != place:
-        yield f"the id {line_id[:LONGEST_ID]!r} is that of {first} too"
-
-
-def _rows(lines: Iterable[Mapping[str, Any]] | str) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
-    """Give every line with its place; a line that cannot be read is a string that says why."""
-    if not isinstance(lines, str):
-        for number, fields in enumerate(lines, 1):
-            yield f"line {number}", fields if isinstance(fields, Mapping) else "not an object with an id and a text"
-        return
+def _rows(lines: Iterable[Mapping[str, Any]] | str | os.PathLike[str]) -> Iterator[Row | Fault]:
     try:
-        with fsspec.open(lines, "rt", encoding="utf-8-sig", newline="") as file:
-            yield from _json_rows(file) if lines.endswith((".jsonl", ".ndjson")) else _csv_rows(file)
-    except (OSError, ValueError, ImportError, csv.Error) as error:
-        words = hide(passwords_in(lines), str(error))
-        raise NanoGPTError(
-            f"{without_password(lines)} cannot be read: {words}. Nothing was submitted.", code="LINES_UNREADABLE"
-        ) from None
-
-
-def _csv_rows(file: Iterable[str]) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
-    csv.field_size_limit(2**31 - 1)
-    rows = csv.DictReader(file, skipinitialspace=True)
-    if not {"id", "text"} <= set(rows.fieldnames or ()):
-        yield "line 1", "the columns id and text are needed, named in the first line"
+        given = usable(lines)
+    except ValueError as error:
+        raise NanoGPTError(f"{error}. Nothing was submitted.", code="INVALID_LINES") from None
+    if isinstance(given, str):
+        yield from read_rows(given)
         return
-    end = rows.line_num
-    for fields in rows:
-        place, end = f"line {end + 1}", rows.line_num
-        if None in fields:
-            yield place, "there are more fields than columns"
+    for number, fields in enumerate(given, 1):
+        if isinstance(fields, Mapping):
+            yield Row(number, [(str(name), value) for name, value in fields.items()], number)
         else:
-            yield place, fields
+            yield Fault(number, NO_OBJECT)
 
 
-def _json_rows(file: Iterable[str]) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
+class _Reading:
+    """The lines that are in order, and what is wrong with the others.
+
+    Args:
+        defaults: What applies to lines that do not say otherwise.
+        take: The take of lines that do not say which.
+    """
+
+    def __init__(self, defaults: Mapping[str, Any], take: int) -> None:
+        self.lines: list[Line] = []
+        self.problems: dict[object, str] = {}
+        """What is wrong, by what tells one problem from another: an unknown column is one problem of many lines."""
+        self._defaults = defaults
+        self._take = take
+        self._stems: dict[str, tuple[str, int]] = {}
+        """Whose file has a name, as id and line."""
+
+    def note(self, what: str, line: int | None = None, key: object = None) -> None:
+        """Note a problem and where it is; of several with the same key only the first."""
+        text = what if line is None else f"line {line}: {what}"
+        self.problems.setdefault(len(self.problems) if key is None else key, text)
+
+    def add(self, row: Row | Fault) -> None:
+        """Read a row as a line, or note what is wrong with it."""
+        if isinstance(row, Fault):
+            self.note(row.what, row.line)
+            return
+        given = self._given(row)
+        line_id, take, options = "", self._take, dict[str, Any]()
+        with self._noting(row.line):
+            line_id = self._id(given.pop("id", ""), row.line)
+        with self._noting(row.line):
+            take = _whole(given.pop("take", take))
+        with self._noting(row.line):
+            options = _options(given.pop("options", {}))
+        with self._noting(row.line):
+            own = {name.removeprefix(OPTION): value for name, value in given.items()}
+            request = TTSRequest.model_validate({**self._defaults, **options, "text": "", **own})
+            self.lines.append(Line(line_id, request, take))
+
+    @contextmanager
+    def _noting(self, line: int) -> Iterator[None]:
         try:
-            fields = json.loads(line)
+            yield
+        except ValidationError as invalid:
+            for problem in problems_in(invalid):
+                self.note(problem, line)
         except ValueError as error:
-            yield f"line {number}", f"not JSON ({error})"
-        else:
-            yield f"line {number}", fields if isinstance(fields, dict) else "not an object with an id and a text"
+            self.note(str(error), line)
+
+    def _given(self, row: Row) -> dict[str, Any]:
+        """Give the values of a row by what their names mean; those that are missing are left out."""
+        kind = "field" if row.names_line == row.line else "column"
+        names: dict[str, str] = {}
+        given = {}
+        for name, value in row.fields:
+            meaning, problem = _meaning(name)
+            if problem:
+                self.note(f"{kind} {problem}", row.names_line, key=problem)
+            elif meaning in names:
+                twice = f"the {kind}s {names[meaning]!r} and {name!r} are the same"
+                self.note(twice, row.names_line, key=(row.names_line, twice))
+            elif meaning:
+                names[meaning] = name
+                value = _value(meaning, python_value(value))
+                if not _is_missing(value):
+                    given[meaning] = value
+        return given
+
+    def _id(self, value: object, line: int) -> str:
+        if isinstance(value, bool) or not isinstance(value, str | int | float | UUID):
+            raise ValueError(f"the id {repr(value)[:ID_SHOWN]} is neither a text nor a number")
+        if isinstance(value, float) and value.is_integer():  # pandas makes floats of whole numbers where one is missing
+            value = int(value)
+        line_id = str(value).strip()
+        if not line_id:
+            raise ValueError("there is no id")
+        shown = repr(line_id[:ID_SHOWN])
+        if len(line_id) > LONGEST_ID:
+            raise ValueError(f"the id that begins with {shown} is longer than {LONGEST_ID} characters")
+        if not line_id.isprintable():
+            raise ValueError(f"the id {shown} has a character in it that cannot be printed")
+        # There are file systems that do not tell upper from lower case.
+        stem = file_stem(line_id).casefold()
+        if stem in self._stems:
+            first, its_line = self._stems[stem]
+            if first == line_id:
+                raise ValueError(f"the id {shown} is that of line {its_line} too")
+            raise ValueError(
+                f"the file of the id {shown} would have the name of that of {first[:ID_SHOWN]!r} in line {its_line} "
+                "where upper and lower case are not told apart"
+            )
+        self._stems[stem] = line_id, line
+        return line_id
+
+
+@lru_cache(maxsize=4096)
+def _meaning(name: str) -> tuple[str, str]:
+    """Tell what a name means, and what is wrong with it. A remark means nothing, and nothing is wrong with it."""
+    if name.lstrip().startswith(REMARK):
+        return "", ""
+    if known := _KNOWN.get(plain_name(name)):
+        return known, ""
+    shown = name.strip()[:NAME_SHOWN]
+    prefix, _, option = name.partition(".")
+    if option.strip() and plain_name(prefix) in ("option", "options"):
+        meaning, problem = _option(option)
+        return (meaning if meaning in _KNOWN.values() else OPTION + meaning), problem and f"{shown!r}: {problem}"
+    near = get_close_matches(plain_name(name), _KNOWN, 1, NEAR)
+    perhaps = f" (did you mean {_KNOWN[near[0]]!r}?)" if near else ""
+    return "", (
+        f"{shown!r} is unknown{perhaps}: name it {OPTION + shown!r} to send it to the model as an option, "
+        f"{REMARK + shown!r} to pass it over, or remove it"
+    )
+
+
+def _option(name: str) -> tuple[str, str]:
+    """Tell which option a name means, and what is wrong with it."""
+    known = _KNOWN.get(plain_name(name))
+    if known in OF_THE_LINE:
+        return "", f"{known} is no option but a field of its own, {known!r}"
+    return known or name.strip(), ""
+
+
+def _options(given: object) -> dict[str, Any]:
+    if isinstance(given, str):
+        try:
+            given = read_json(given)
+        except ValueError as error:
+            raise ValueError(f"options must be a JSON object ({error})") from None
+    if not isinstance(given, Mapping):
+        raise ValueError("options must be a JSON object")
+    options: dict[str, Any] = {}
+    for name, value in given.items():
+        meaning, problem = _option(str(name))
+        if problem or meaning in options:
+            raise ValueError(f"options: {problem or f'{meaning!r} is there twice'}")
+        options[meaning] = value
+    return options
+
+
+def _value(meaning: str, value: Any) -> Any:
+    """Give a value as its name asks: a name is trimmed, and an option that is JSON is read as JSON."""
+    if isinstance(value, str) and meaning in ("model", "voice"):
+        return value.strip()
+    if isinstance(value, str) and meaning.startswith(OPTION):
+        with suppress(ValueError):
+            return read_json(value)
+    return value
+
+
+def _whole(take: object) -> int:
+    try:
+        number = float(str(take))
+    except ValueError:
+        number = 0.0
+    if not number.is_integer() or number < 1:
+        raise ValueError("take must be a whole number from 1")
+    return int(number)
+
+
+def _is_missing(value: object) -> bool:
+    """Whether a value says nothing. 0 says something; NaN, which pandas has for what is missing, does not."""
+    if value is None or isinstance(value, str):
+        return not (value or "").strip()
+    if type(value).__name__ == "NAType":  # pandas.NA, which is not even unequal to itself
+        return True
+    try:
+        return bool(value != value)
+    except Exception:  # others' objects, which may not be comparable at all; that they are no JSON is told elsewhere
+        return False
 
 
 class Manifest:

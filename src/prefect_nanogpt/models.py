@@ -35,6 +35,7 @@ __all__ = [
     "parse_submission",
     "plain",
     "problems_in",
+    "python_value",
 ]
 
 DEFAULT_MODEL: Final = "Elevenlabs-Turbo-V2.5"
@@ -140,6 +141,13 @@ class TTSRequest(BaseModel):
     reference_text: str | None = Field(None, description="Qwen: what the reference voice says.")
     speaker_voice_embedding_file_url: str | None = Field(None, description="Qwen: URL of a cloned voice.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_numpy(cls, fields: object) -> object:
+        if isinstance(fields, Mapping):
+            return {name: python_value(value) for name, value in fields.items()}
+        return fields
+
     @field_validator("text")
     @classmethod
     def _says_something(cls, text: str) -> str:
@@ -158,10 +166,12 @@ class TTSRequest(BaseModel):
     def _can_be_sent(self) -> TTSRequest:
         try:
             self.content()
-        except UnicodeEncodeError:
-            raise ValueError("there is half a character in it (an unpaired surrogate), which cannot be sent") from None
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"an option is no JSON value: {error}") from None
+        except (TypeError, ValueError):
+            name, error = next(filter(None, map(_why_not_json, self.body().items())))
+            if isinstance(error, UnicodeEncodeError):
+                half = "there is half a character in it (an unpaired surrogate), which cannot be sent"
+                raise ValueError(f"{name!a}: {half}") from None
+            raise ValueError(f"the option {name!a} is no JSON value: {error}") from None
         return self
 
     def body(self) -> dict[str, Any]:
@@ -171,7 +181,19 @@ class TTSRequest(BaseModel):
 
     def content(self) -> bytes:
         """Give the body as it is sent."""
-        return json.dumps(self.body(), ensure_ascii=False, allow_nan=False).encode()
+        return _as_json(self.body())
+
+
+def _as_json(body: Mapping[str, Any]) -> bytes:
+    return json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+
+
+def _why_not_json(option: tuple[str, Any]) -> tuple[str, Exception] | None:
+    try:
+        _as_json(dict([option]))
+    except (TypeError, ValueError) as error:
+        return option[0], error
+    return None
 
 
 class Pending(BaseModel):
@@ -424,6 +446,11 @@ def problems_in(invalid: ValidationError) -> list[str]:
         )
         for problem in invalid.errors()
     ]
+
+
+def python_value(value: Any) -> Any:
+    """Give the Python value of a NumPy scalar, such as those in the rows of a data frame; anything else as it is."""
+    return value.item() if hasattr(value, "dtype") and getattr(value, "ndim", None) == 0 else value
 
 
 def plain(thing: object) -> Any:

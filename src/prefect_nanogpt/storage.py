@@ -73,24 +73,26 @@ _BLOCK_BYTES: Final = 1024**2
 _PART: Final = ".part"
 # What a file system says that has no hard links.
 _NO_LINKS: Final = frozenset({errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+# The devices of Windows, with any extension. Those with other characters in them get another name anyway.
+_RESERVED: Final = re.compile(r"con|prn|aux|nul|(com|lpt)[0-9]", re.IGNORECASE)
 # Settings of a block that no message may show.
 _SECRET: Final = re.compile("pass|secret|token|key|credential", re.IGNORECASE)
 _AUDIO_NAME: Final = re.compile(rf"\.({'|'.join(EXTENSIONS)})$", re.IGNORECASE)
 
 
-def file_stem(run_id: str) -> str:
-    """Make a file name, without extension, of a run id, which is the provider's word and may hold anything.
+def file_stem(name: str) -> str:
+    """Make a file name, without extension, of an id, which is somebody else's word and may hold anything.
 
-    Ids that differ give names that differ.
+    Names that differ give file names that differ. One that no system minds, in any folder, stays as it is.
 
     Example:
         >>> file_stem("98b0d593-fe8d-49b8-89c9-233022232297")
         '98b0d593-fe8d-49b8-89c9-233022232297'
     """
-    if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}", run_id):
-        return run_id
-    readable = re.sub(r"[^A-Za-z0-9_-]+", "-", run_id).strip("-")[:60]
-    return f"{readable}-{hashlib.sha256(run_id.encode()).hexdigest()[:16]}".lstrip("-")
+    if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}", name) and not _RESERVED.fullmatch(name):
+        return name
+    readable = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:60]
+    return f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:16]}".lstrip("-")
 
 
 def absolute(save_to: str | os.PathLike[str]) -> str:

@@ -422,6 +422,9 @@ class TestOptions:
 class NAType:
     """As pandas.NA: it does not say whether it equals anything."""
 
+    def __repr__(self) -> str:
+        return "<NA>"
+
     def __eq__(self, other: object) -> Any:
         return self
 

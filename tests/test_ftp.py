@@ -27,6 +27,7 @@ from tests.conftest import API_KEY
 from tests.ftp_server import PASSWORD, USER, FTPServer, ftp
 from tests.sftp_server import PASSWORD as SFTP_PASSWORD
 from tests.sftp_server import SFTPServer, sftp
+from tests.sounds import tone
 
 __all__ = ["ftp", "sftp"]
 
@@ -83,15 +84,16 @@ async def test_a_file_longer_than_a_transfer_is_what_was_sent(
     url: str, ftp: FTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "FTP_BLOCK_BYTES", 2**16)
-    novel = b"ID3" + bytes(range(256)) * 1_000
+    novel = tone("wav", 6.0)
+    assert len(novel) > 4 * 2**16
 
     async def chunks() -> AsyncIterator[bytes]:
         yield novel
 
     place = Destination(f"{url}/long")
     audio = await place.save(chunks(), "novel")
-    assert (ftp.root / "long/novel.mp3").read_bytes() == novel
-    assert await place.run(place.has, "novel.mp3", audio.size_bytes, audio.sha256)
+    assert (ftp.root / "long/novel.wav").read_bytes() == novel
+    assert await place.run(place.has, "novel.wav", audio.size_bytes, audio.sha256)
 
 
 async def test_a_connection_that_was_ended_while_a_job_was_waited_for_is_made_again(

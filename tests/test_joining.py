@@ -171,7 +171,7 @@ class TestTheTask:
 
     async def test_what_cannot_be_joined_is_explained(self, pieces: Path, tmp_path: Path) -> None:
         [piece] = written(pieces, ("mp3", 1.0))
-        row = {"id": "a", "outcome": "TTS_FAILED", "job": "0"}
+        row = {"id": "a", "text": "One.", "outcome": "TTS_FAILED", "job": "0"}
         from prefect_nanogpt.lines import ManifestRow
 
         for files, to, container, says in (

@@ -1,9 +1,12 @@
 """Tasks and flows that travel by value to other processes, as process pools, Dask and Ray send them."""
 
 import json
+import pickle
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import cloudpickle
@@ -11,7 +14,7 @@ import pytest
 from prefect import Flow, Task
 from prefect.settings import PREFECT_API_URL
 
-from prefect_nanogpt import flows, tasks
+from prefect_nanogpt import NanoGPTCredentials, flows, tasks
 from prefect_nanogpt.sandbox import Sandbox
 from tests.conftest import API_KEY
 from tests.pooling import LINES, TEXTS
@@ -44,6 +47,48 @@ def test_every_task_and_flow_travels_by_value_and_understands_its_parameters_whe
         timeout=120,
     )
     assert done.stdout.decode().split() == [here.name], done.stderr.decode()
+
+
+def decorated() -> list[Any]:
+    """Find every flow and task of the package, in whichever module it is, not only those that are public."""
+    folders = (flows, tasks)
+    modules = [
+        import_module(f"{folder.__name__}.{m.name}") for folder in folders for m in iter_modules(folder.__path__)
+    ]
+    found = {
+        id(thing): thing for module in modules for thing in vars(module).values() if isinstance(thing, Flow | Task)
+    }
+    return list(found.values())
+
+
+@pytest.mark.parametrize("thing", decorated(), ids=lambda thing: thing.name)
+def test_a_flow_or_task_with_other_options_travels_by_value_too(thing: Any) -> None:
+    copy = pickle.loads(cloudpickle.dumps(thing.with_options(name="mine", retries=2)))
+    assert (copy.name, copy.retries) == ("mine", 2)
+
+
+def test_the_flows_and_tasks_that_are_not_public_are_among_those_that_are_tried() -> None:
+    assert {thing.name for thing in decorated()} >= {"say", "submit-tts", "text-to-speech", "collect-open-tickets"}
+
+
+def test_a_flow_that_was_pickled_runs_in_a_fresh_process_with_credentials_that_were(
+    sandbox: Sandbox, credentials: NanoGPTCredentials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", PREFECT_API_URL.value() or "")
+    run = """
+import asyncio, pickle, sys
+flow, credentials = pickle.load(sys.stdin.buffer)
+print(asyncio.run(flow("Hello.", save_to=sys.argv[1], credentials=credentials)).location)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", run, str(tmp_path)],
+        input=cloudpickle.dumps((flows.text_to_speech, credentials)),
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    [charge] = sandbox.ledger.charges
+    assert Path(done.stdout.decode().strip()) == tmp_path / f"{charge.run_id}.mp3"
 
 
 def test_tasks_and_what_they_give_and_raise_travel_between_the_processes_of_a_pool(

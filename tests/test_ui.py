@@ -211,6 +211,11 @@ def test_a_refused_text_ends_in_a_state_named_by_its_code(served: Served, ui: st
     expect(page.get_by_text("would refuse the same text again").first).to_be_visible()
 
 
+def active_schedules(served: Served, deployment: str) -> list[str]:
+    schedules = served.api(f"/deployments/{deployment}")["schedules"]
+    return [schedule["schedule"]["cron"] for schedule in schedules if schedule["active"]]
+
+
 @pytest.mark.timeout(420)
 def test_a_schedule_added_in_the_ui_starts_runs(served: Served, page: Page) -> None:
     before = served.ended_runs("collect-open-tickets")
@@ -227,8 +232,8 @@ def test_a_schedule_added_in_the_ui_starts_runs(served: Served, page: Page) -> N
             break
     dialog.get_by_role("button", name="Save").click()
     expect(dialog).to_be_hidden()
-    schedules = served.api(f"/deployments/{deployment}")["schedules"]
-    assert [schedule["schedule"]["cron"] for schedule in schedules if schedule["active"]] == ["* * * * *"]
+    # The dialog closes before the server has stored what it sends.
+    assert wait_for(lambda: active_schedules(served, deployment), 30) == ["* * * * *"]
 
     run = served.ended_run("collect-open-tickets", before)
     assert run["auto_scheduled"]

@@ -162,25 +162,13 @@ class _Cuts:
 
     def _nearest(self, end: int, limit: int) -> int:
         """Give the first index from which on the text up to `end` fits."""
-        low, high = max(0, end - limit), end - 1
-        while low < high:
-            middle = (low + high) // 2
-            if self.units(middle, end) <= limit:
-                high = middle
-            else:
-                low = middle + 1
-        return low
+        low = max(0, end - limit)
+        return low + bisect_left(range(low, end - 1), -limit, key=lambda start: -self.units(start, end))
 
     def _farthest(self, start: int, end: int, limit: int) -> int:
         """Give the last index up to which the text fits, at least one character on."""
-        low, high = start + 1, min(end, start + limit)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.units(start, middle) <= limit:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        places = range(start + 1, min(end, start + limit) + 1)
+        return start + max(1, bisect_right(places, limit, key=lambda place: self.units(start, place)))
 
     def _between_characters(self, start: int, first: int, last: int) -> int | None:
         """Cut between grapheme clusters, and in the second half of the part rather not where a typesetter would not."""

@@ -4,9 +4,12 @@ import asyncio
 import tempfile
 import time
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Final
+
+from pydantic import BaseModel, ValidationError
 
 from prefect_nanogpt.budget import COST_LIMIT_EXCEEDED, Budget
 from prefect_nanogpt.client import NanoGPTClient
@@ -15,7 +18,7 @@ from prefect_nanogpt.events import run_logger
 from prefect_nanogpt.job import Said, Terms, save_whole, would_be_submitted
 from prefect_nanogpt.joining import can_join, join
 from prefect_nanogpt.ledger import Entry, Job, Ledger
-from prefect_nanogpt.long_text import can_be_split, split
+from prefect_nanogpt.long_text import can_be_split, spans
 from prefect_nanogpt.models import AudioFile
 from prefect_nanogpt.report import Report
 from prefect_nanogpt.tasks.join import bytes_of
@@ -25,6 +28,13 @@ __all__ = ["say_in_parts"]
 
 PARTS_AT_ONCE: Final = 8
 REPORT_SECONDS: Final = 5.0
+
+
+class Plan(BaseModel):
+    """The note of where a text was split."""
+
+    limit: int
+    spans: list[tuple[int, int]]
 
 
 async def say_in_parts(
@@ -44,8 +54,7 @@ async def say_in_parts(
     can_join()
     can_be_split()
     ledger = terms.ledger
-    texts = await asyncio.to_thread(split, job.request.text, limit, job.request.language)
-    await ledger.run(ledger.note_plan, job.id, limit)
+    texts = [job.request.text[start:end] for start, end in await _planned_spans(job, limit, ledger)]
     parts = [Job(job.provider, job.request.model_copy(update={"text": text}), job.take, is_part=True) for text in texts]
     unique = {part.id: part for part in parts}
     entries = await ledger.run(ledger.entries)
@@ -99,6 +108,18 @@ async def say_in_parts(
     audio = await _join([done[part.id] for part in parts], job, terms)
     report.paid = None
     return Said(audio)
+
+
+async def _planned_spans(job: Job, limit: int, ledger: Ledger) -> Sequence[tuple[int, int]]:
+    """Tell where the parts are: where an earlier try had them, or it may have paid for others."""
+    assert job.request is not None
+    with suppress(ValidationError):
+        plan = Plan.model_validate(await ledger.run(ledger.read_note, job.id, 1, "plan"))
+        if plan.limit == limit:
+            return plan.spans
+    found = await asyncio.to_thread(spans, job.request.text, limit, job.request.language)
+    await ledger.run(ledger.note_plan, job.id, limit, found)
+    return found
 
 
 async def _join(parts: Sequence[AudioFile], job: Job, terms: Terms) -> AudioFile:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencex
 
 from prefect_nanogpt import client, ledger, storage
 from prefect_nanogpt.errors import (
@@ -217,6 +218,17 @@ class TestWhole:
         Path(audio.location).unlink()
         assert (await text_to_speech(PARTS, **say, max_chars=3_000)).sha256 == audio.sha256
         assert len(sandbox.ledger.charges) == 2
+
+    async def test_a_text_is_not_split_elsewhere_by_another_segmenter(
+        self, sandbox: Sandbox, say: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        text = "The first one. The second one."
+        sandbox.on_status(None, [PENDING] * 2)
+        with pytest.raises(TTSTimeout):
+            await text_to_speech(text, **say, **SOON, max_chars=20)
+        monkeypatch.setattr(sentencex, "segment", lambda language, whole: [whole])
+        await text_to_speech(text, **say)
+        assert [request.json["text"] for request in sandbox.requests("submit")] == ["The first one.", "The second one."]
 
     async def test_a_damaged_plan_submits_nothing(self, sandbox: Sandbox, say: dict[str, Any]) -> None:
         sandbox.on_status(None, [PENDING] * 2)

@@ -2,7 +2,7 @@
 
 import random
 from itertools import pairwise
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import pytest
@@ -10,9 +10,10 @@ import regex
 import sentencex
 
 from prefect_nanogpt import NanoGPTCredentials
+from prefect_nanogpt.client import NanoGPTClient
 from prefect_nanogpt.flows import text_to_speech
 from prefect_nanogpt.long_text import spans, split, units
-from prefect_nanogpt.models import PollSchedule
+from prefect_nanogpt.models import PollSchedule, SpeechModel
 from prefect_nanogpt.sandbox import Sandbox
 from tests.test_long_text import chapter
 
@@ -111,6 +112,47 @@ class TestWhatIsPreferred:
     def test_a_text_that_fits_is_left_as_it_is(self) -> None:
         assert split("  All of it.\n", 11) == ["All of it."]
 
+    @pytest.mark.parametrize(
+        ("text", "limit", "first"),
+        [
+            ("He came late, sat down and said nothing at all", 30, "He came late,"),
+            ("He came late; he sat down and said nothing", 30, "He came late;"),
+            ("He came late — as ever — and said nothing", 29, "He came late — as ever —"),
+            ("He came late—as ever, he said—and said nothing", 30, "He came late—as ever, he said—"),
+            ("He came late—as ever, he said—and said nothing", 29, "He came late—as ever,"),
+            ("Preguntó la niña alta —dijo ella otra vez", 34, "Preguntó la niña alta"),
+            ("جاء متأخرًا، جلس ولم يقل شيئًا على الإطلاق", 30, "جاء متأخرًا،"),
+            ("ጠባቂው በየምሽቱ፣ ደረጃውን ይወጣል ሁልጊዜ ነው", 20, "ጠባቂው በየምሽቱ፣"),
+            ("看守人就爬上楼梯，他每天都这样做没有人知道", 20, "看守人就爬上楼梯，"),
+            ("彼は「来た」と言い、それから黙って座っていたのだ", 20, "彼は「来た」と言い、"),
+            ("他来到这里了,然后坐下没有说一句话就这样过了很久很久", 20, "他来到这里了,"),
+        ],
+    )
+    def test_a_long_sentence_is_cut_behind_a_mark(self, text: str, limit: int, first: str) -> None:
+        assert split(text, limit)[0] == first
+
+    def test_numbers_times_and_addresses_are_not_cut_at_their_marks(self) -> None:
+        assert split("It costs 3,500 euros at 12:30", 20) == ["It costs 3,500 euros", "at 12:30"]
+        assert split("看https://a.example/b,c;d?e=f,g吧", 30) == ["看https://a.example/b,c;d?e=f,g", "吧"]
+        assert split("请你们马上写一封信寄给lamp@sea.example吧", 22) == ["请你们马上写一封信寄给", "lamp@sea.example吧"]
+        assert split("価格は今日だけ特別に３，５００円になります", 13) == [
+            "価格は今日だけ特別に",
+            "３，５００円になります",
+        ]
+        assert split("今日の値段は合計で3,500円になります", 12) == ["今日の値段は合計で", "3,500円になります"]
+        assert split("La col·lecció és bonica", 21) == ["La col·lecció és", "bonica"]
+
+    def test_the_number_of_a_list_is_no_sentence(self) -> None:
+        assert split("1. one item of it\n2. two items of it", 20) == ["1. one item of it", "2. two items of it"]
+
+    def test_sentences_inside_of_a_long_quotation_are_known(self) -> None:
+        text = "He said, “I came. I saw the whole town. I won it all.” Then he left."
+        assert split(text, 40) == ["He said, “I came. I saw the whole town.", "I won it all.” Then he left."]
+
+    def test_a_sentence_of_many_thousands_of_characters_is_cut_at_its_quoted_sentences(self) -> None:
+        parts = split(f"She said: “{'I came, and I saw. ' * 1_000}”", 5_000)
+        assert [part[-1] for part in parts] == [".", ".", ".", "”"]
+
 
 class TestWhatBelongsTogether:
     @pytest.mark.parametrize(
@@ -181,6 +223,89 @@ class TestWhatBelongsTogether:
         assert max(len(part.encode("utf-16-le")) // 2 for part in parts) <= 600
         assert units("😀a") == 3
 
+    @pytest.mark.parametrize(
+        ("text", "limit", "parts"),
+        [
+            ("The end is near.\n\n* * *\n\nTwo is here now.", 24, ["The end is near.\n\n* * *", "Two is here now."]),
+            ("The end is near.\n\n* * *\n\nTwo is here now.", 23, ["The end is near.\n\n* * *", "Two is here now."]),
+            (
+                "The end is very near.\n\n* * *\n\nTwo is here now.",
+                25,
+                ["The end is very near.", "* * *\n\nTwo is here now."],
+            ),
+            ("Nobody came at all ... Then he left", 22, ["Nobody came at all ...", "Then he left"]),
+            ("Nobody came at all. 👍🏽 Then he left", 24, ["Nobody came at all. 👍🏽", "Then he left"]),
+            ("Nobody came at all. 👍🏽 Then he left", 23, ["Nobody came at all.", "👍🏽 Then he left"]),
+            ("Nobody came.\n* * *\nThen he left for good", 22, ["Nobody came.\n* * *", "Then he left for good"]),
+            ("Nobody came.\n• Then he left for good", 23, ["Nobody came.", "• Then he left for good"]),
+            ("... nobody came at all to us", 20, ["... nobody came at", "all to us"]),
+            ("nobody came at all to us ...", 25, ["nobody came at all to", "us ..."]),
+            ("nobody came at all_______!", 20, ["nobody came at", "all_______!"]),
+            ("“I came and I saw.” “Did you, my friend?”", 22, ["“I came and I saw.”", "“Did you, my friend?”"]),
+            ("« Je suis venu hier ! » dit-il. « Ah bon ? »", 31, ["« Je suis venu hier ! » dit-il.", "« Ah bon ? »"]),
+            ("« Je suis venu ici hier ! » « Ah bon ? »", 27, ["« Je suis venu ici hier ! »", "« Ah bon ? »"]),
+            ("Nobody came there at all ( as they say )", 26, ["Nobody came there at all", "( as they say )"]),
+            (
+                "他说：“你好吗朋友。”她说：“我很好。”然后走了",
+                12,
+                ["他说：“你好吗朋友。”", "她说：“我很好。”", "然后走了"],
+            ),
+            ("- one item of the list\n- two\n- three items", 24, ["- one item of the list", "- two\n- three items"]),
+        ],
+    )
+    def test_signs_stay_with_the_words_that_they_belong_to(self, text: str, limit: int, parts: list[str]) -> None:
+        assert split(text, limit) == parts
+
+    @pytest.mark.parametrize("limit", [20, 30, 50])
+    def test_a_line_of_signs_is_shared_by_its_neighbours_rather_than_said_alone(self, limit: int) -> None:
+        parts = split(f"Chapter one.\n{'-' * 35}\nChapter two.", limit)
+        assert all(has_word(part) for part in parts)
+        assert "".join(parts).count("-") == 35
+
+    def test_signs_that_no_neighbour_can_hold_are_kept(self) -> None:
+        parts = split(f"Chapter one. {'-' * 100} Chapter two.", 20)
+        assert max(map(len, parts)) == 20
+        assert "".join(parts).count("-") == 100
+
+    @pytest.mark.parametrize(
+        ("text", "limit", "lengths"),
+        [
+            ("e\u0301" * 15, 11, [10, 10, 10]),
+            ("👨\u200d👩\u200d👧" * 12, 23, [16] * 6),
+            ("🇩🇪🇫🇷" * 15, 11, [8] * 15),
+            ("👍🏽" * 6, 11, [8, 8, 8]),
+            ("1️⃣" * 8, 11, [9, 9, 6]),
+            ("क्ष" * 8, 11, [9, 9, 6]),
+            ("\u1100\u1161\u11a8" * 8, 11, [9, 9, 6]),
+            ("😀" * 12, 11, [10, 10, 4]),
+            ("a" * 25, 10, [10, 10, 5]),
+        ],
+        ids=["accents", "families", "flags", "skin tones", "keycaps", "conjuncts", "jamo", "emoji", "letters"],
+    )
+    def test_what_has_no_better_place_is_cut_between_characters(
+        self, text: str, limit: int, lengths: list[int]
+    ) -> None:
+        parts = split(text, limit)
+        assert [units(part) for part in parts] == lengths
+        assert "".join(parts) == text
+
+    def test_no_part_of_thai_begins_with_a_vowel_sign_or_ends_before_its_consonant(self) -> None:
+        text = "ประภาคารเก่าตั้งอยู่ริมทะเลและผู้ดูแลจะขึ้นบันไดทุกเย็นเพื่อจุดตะเกียงให้เรือที่กลับเข้าฝั่งเห็นทางในความมืด"
+        for limit in range(20, 60):
+            parts = split(text, limit, "th")
+            assert "".join(parts) == text
+            assert not any(regex.match(r"[\p{M}ะาๆฯ]", part) or part[-1] in "เแโใไ" for part in parts)
+
+    def test_no_part_of_japanese_begins_with_what_no_line_begins_with(self) -> None:
+        text = (
+            "コンピューターを使っていろんなデータをちょっとずつ処理していったところ問題は無かったらしいっていうじゃない"
+        )
+        for limit in range(20, 60):
+            parts = split(text, limit, "ja")
+            assert "".join(parts) == text
+            assert not any(regex.match(r"[ーっゃゅょッャュョ]", part) for part in parts)
+            assert all(part.count("コ") == part.count("ピ") for part in parts)
+
 
 class TestTheSegmenter:
     def test_its_panic_leaves_the_other_places(self, capfd: pytest.CaptureFixture[str]) -> None:
@@ -205,6 +330,38 @@ class TestTheSegmenter:
         monkeypatch.setattr(sentencex, "segment", segment)
         with pytest.raises(stop):
             split("One two. Three four five six.", 20)
+
+    def test_white_space_that_it_panics_at_does_not_cost_the_ends_of_sentences(
+        self, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        assert split("One J. \u00a0. He came. He saw it", 24, "kk") == ["One J. \u00a0. He came.", "He saw it"]
+        assert "panicked" not in capfd.readouterr().err
+
+    @pytest.mark.parametrize(
+        "unit",
+        [
+            "This is a sentence, and more. ",
+            "你好。今天天气，",
+            "“Yes. ",
+            "a",
+            "😀",
+            "\u0301",
+            "(",
+            ",",
+            "a\u00a0",
+            "://a!",
+            " -",
+            "」 ",
+        ],
+    )
+    def test_no_text_takes_quadratic_time(self, unit: str) -> None:
+        def seconds(characters: int) -> float:
+            begun = process_time()
+            spans((unit * characters)[:characters], 500)
+            return process_time() - begun
+
+        seconds(1_000)
+        assert seconds(120_000) < 8 * seconds(30_000) + 0.3
 
 
 SAMPLES = {
@@ -327,3 +484,16 @@ async def test_a_text_that_is_longer_in_javascript_than_here_is_said_in_parts(
     await text_to_speech("Great 😀😀😀😀. Great 😀😀😀.", **speech, max_chars=24)
     said = [request.json["text"] for request in sandbox.requests("submit")]
     assert sorted(said) == ["Great 😀😀😀.", "Great 😀😀😀😀."]
+
+
+@pytest.mark.parametrize("limit", [19, 0, -1])
+async def test_a_limit_of_the_catalogue_that_cannot_be_meant_is_passed_over(
+    limit: int, sandbox: Sandbox, speech: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def odd(client: NanoGPTClient, model: str) -> SpeechModel:
+        return SpeechModel(id=model, max_chars=limit)
+
+    monkeypatch.setattr(NanoGPTClient, "speech_model", odd)
+    text = "One two three. " * 60
+    await text_to_speech(text, **speech)
+    assert [request.json["text"] for request in sandbox.requests("submit")] == [text]

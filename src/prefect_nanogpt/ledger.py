@@ -12,7 +12,7 @@ where the job is a digest of what is asked for, and the state is one of
 - `saved-<digest>`: a file with the audio, one note for each;
 - `over-<why>`: the try came to nothing. `unsent` and `unaccepted` cost nothing as far as is known; `failed`, `refused`
   and `lost` were charged; of `uncertain` nobody knows.
-- `plan`: into how long parts a text was split, so that another try splits it at the same places.
+- `plan`: where a text was split, so that another try splits it at the same places, also with another segmenter.
 
 So one listing of the folder tells which jobs are open. A note that cannot be read is not a note that is not there: what
 is torn counts as sent with an unknown outcome, and a storage that cannot be read is a `StorageError`.
@@ -30,7 +30,7 @@ import secrets
 import socket
 import time
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -494,9 +494,9 @@ class Ledger:
                         return Job(provider, name=note.get("name"), ticket=ticket, noted_as=entry.job)
         return None
 
-    def note_plan(self, job: str, limit: int) -> None:
-        """Note into how long parts a text is split."""
-        self.folder.create(_name(job, 1, "plan"), _json({"limit": limit}))
+    def note_plan(self, job: str, limit: int, spans: Sequence[tuple[int, int]]) -> None:
+        """Note how long the parts of a text may be, and where each begins and ends."""
+        self.folder.create(_name(job, 1, "plan"), _json({"limit": limit, "spans": spans}))
 
     async def catch_up(self) -> None:
         """Try again, in a thread, to write what could not be written; nothing where there is nothing."""

@@ -26,14 +26,26 @@ LINE_END: Final = re.compile(r"[\n\r\x85\u2028\u2029]")
 CLOSING: Final = "\"'”’»›)]}）］｝〉》」』】〕〗〙"
 OPENING: Final = "“„‚‘«‹([{¿¡（［｛〈《「『【〔〖〘"
 # With marks of scripts that put no space behind them, or that the segmenter takes for those of another language.
-SENTENCE_END: Final = re.compile("[。！？｡．։؟۔।॥။។៕።፧፨]+")
-# Without a space behind it a comma or colon may be in a number, a time or a URL.
-CLAUSE_END: Final = re.compile(rf"[,;:](?=[\s{re.escape(CLOSING)}])|[—…]+|–(?=\s)|[，、；：､﹐﹑﹔﹕،؛՝၊៖፡፣፤፥፦᠂᠈]+")
-DASHES: Final = "—–"
-NOT_FIRST: Final = frozenset(
-    f"{CLOSING},.;:!?%，．。、；：！？…‥・％ー々〻ゝゞヽヾぁぃぅぇぉっゃゅょゎゕゖァィゥェォッャュョヮヵヶｰ"
+IDEOGRAPHIC: Final = r"\u3040-\u30ff\u3400-\u9fff"
+SENTENCE_END: Final = re.compile(rf"(?:[。！？｡։؟۔।॥།။។።៕፧፨]|[!?](?=[{IDEOGRAPHIC}])|(?<!\d)．|．(?!\d))+")
+CLAUSE_END: Final = re.compile(
+    # Without a space behind it a comma or colon may be in a number, a time or a URL; between digits, any may be.
+    rf"[,;:](?=[\s{re.escape(CLOSING)}{IDEOGRAPHIC}])|(?<!\d)[，：]|[，：](?!\d)|[、；､﹐﹑﹔﹕،؛՝၊៖፡፣፤፥፦᠂᠈]+"
+    # A dash with a space before it alone opens what follows, as in Spanish.
+    r"|(?<!\s)[—…]+|(?<=\S\s)[—–…-]+(?=\s)|\s(?=[—–]\w)"
 )
-"""What no line, and so no part, begins with: closing marks, and by the Japanese rules (JIS X 4051) small kana."""
+SIGNS: Final = re.compile(
+    r"(?:\s*\n(?:[^\w\n]|_)+(?=\n)|[^\S\n]+[\u2600-\u27bf\u200d\ufe0f\U0001f000-\U0001faff]+(?=\s))+"
+)
+"""Lines without a word, and emoji: they belong to the sentence before them rather than to the one behind."""
+DASHES: Final = "—–-"
+NOT_FIRST: Final = frozenset(
+    f"{CLOSING},.;:!?%，．。、；：！？…‥・％ー々〻ゝゞヽヾぁぃぅぇぉっゃゅょゎゕゖァィゥェォッャュョヮヵヶｰะาๅๆฯະາໆຯ"
+)
+"""What no line, and so no part, begins with: closing marks, by the Japanese rules (JIS X 4051) small kana, and the
+vowels of Thai and Lao that are written behind their consonant."""
+NOT_LAST: Final = frozenset(f"{OPENING}เแโใไເແໂໃໄ")
+"""What no line ends with: opening marks, and the vowels of Thai and Lao that are written before their consonant."""
 
 
 def units(text: str) -> int:
@@ -97,14 +109,21 @@ def spans(text: str, limit: int, language: str | None = None) -> list[tuple[int,
     """
     found = re.match(r"([a-z]{2})(?![a-z])", (language or "").lower())
     cuts = _Cuts(text, found[1] if found else "en")
-    start, end = len(text) - len(text.lstrip()), len(text.rstrip())
+    start, end = _behind_space(text, 0), len(text.rstrip())
     parts = []
     while cuts.units(start, end) > limit:
         cut = cuts.best(start, end, limit)
         parts.append((start, start + len(text[start:cut].rstrip())))
-        start = cut + len(text[cut:end]) - len(text[cut:end].lstrip())
+        start = _behind_space(text, cut)
     parts.append((start, end))
     return parts
+
+
+def _behind_space(text: str, place: int) -> int:
+    """Give the first index from a place on where there is no white space."""
+    while place < len(text) and text[place].isspace():
+        place += 1
+    return place
 
 
 class _Cuts:
@@ -115,11 +134,12 @@ class _Cuts:
 
         self._text = text
         self._clusters = regex.compile(r"\X")
+        self._word_bounds = regex.compile(r"(?w)\b")
         self._wide = array("l", (index for index, character in enumerate(text) if character > "\uffff"))
         self._words = array("l", (index for index, character in enumerate(text) if character.isalnum()))
         self._kinds: list[tuple[list[int], Fraction]] = [
             (self._usable(found.start() for found in PARAGRAPH.finditer(text)), Fraction(1, 2)),
-            (self._usable(self._sentence_ends(language)), Fraction(0)),
+            (self._usable(self._behind_signs(self._usable(self._sentence_ends(language)))), Fraction(0)),
             (self._usable(self._behind(CLAUSE_END)), Fraction(1, 4)),
             (self._usable(found.start() for found in LINE_END.finditer(text)), Fraction(1, 4)),
             (self._usable(found.start() for found in WORD_END.finditer(text)), Fraction(0)),
@@ -178,26 +198,26 @@ class _Cuts:
             if first <= (place := start + found.end()) <= last and self._is_clean(place)
         ]
         half = start + (last - start) // 2
-        for place in reversed(places):
-            if place < half:
-                break
-            if self._may_part(place):
-                return place
-        return places[-1] if places else None
-
-    def _is_clean(self, place: int) -> bool:
-        """Whether what follows the white space here is a character of its own, and no accent on the last space."""
-        text = self._text
-        after = place
-        while after < len(text) and text[after].isspace():
-            after += 1
-        return after == place or self._clusters.fullmatch(text[after - 1 : after + 1]) is None
+        bounds = {found.start() for found in self._word_bounds.finditer(self._text, half, last + 64)}
+        lines = [place for place in places if place >= half and self._may_part(place)]
+        between_words = [place for place in lines if place in bounds]
+        found = between_words or lines or places
+        return found[-1] if found else None
 
     def _may_part(self, place: int) -> bool:
+        """Whether a line may end between two words without a space; numbers and addresses are in one line."""
         before, after = self._text[place - 1], self._text[place]
-        is_in_a_word = before.isascii() and before.isalnum() and after.isascii() and after.isalnum()
-        is_kept = before in NO_BREAK or after in NO_BREAK or before in OPENING or after in NOT_FIRST
-        return not is_in_a_word and not is_kept
+        is_kept = before in NO_BREAK or after in NO_BREAK or before in NOT_LAST or after in NOT_FIRST
+        return not is_kept and not ("!" <= before <= "~" and "!" <= after <= "~")
+
+    def _is_clean(self, place: int) -> bool:
+        """Whether what follows the white space here is a character of its own."""
+        after = _behind_space(self._text, place)
+        return after == place or not self._extends(after)
+
+    def _extends(self, index: int) -> bool:
+        """Whether a character belongs to the one before it, as an accent does even to a space."""
+        return self._clusters.fullmatch(self._text[index - 1 : index + 1]) is not None
 
     def _usable(self, places: Iterable[int]) -> list[int]:
         """Give the places, before the white space that is there, at which nothing is parted that belongs together."""
@@ -218,7 +238,14 @@ class _Cuts:
             return 0
         if left in OPENING or (left in DASHES and text[before - 2 : before - 1] in ("", "\n")):
             return 0  # it opens what follows; a dash at the beginning of a line opens a speech
-        return 0 if self._clusters.fullmatch(text[after - 1 : after + 1]) else before
+        return 0 if self._extends(after) else before
+
+    def _behind_signs(self, places: Iterable[int]) -> Iterator[int]:
+        """Give each place, and the one behind the signs that follow it."""
+        for place in places:
+            yield place
+            if signs := SIGNS.match(self._text, place):
+                yield signs.end()
 
     def _behind(self, marks: re.Pattern[str]) -> Iterator[int]:
         """Find the places behind marks."""
@@ -257,19 +284,21 @@ class _Cuts:
     def _segmented(self, start: int, end: int, language: str) -> Iterator[int]:
         import sentencex
 
-        text = self._text
+        # The segmenter takes white space for one byte, and panics where it is not.
+        text = re.sub(r"(?![\x00-\x7f])\s", " ", self._text[start:end])
         try:
-            sentences = list(sentencex.segment(language, text[start:end]))
+            sentences = list(sentencex.segment(language, text))
         except BaseException as error:
             # A fault of the segmenter comes as a PanicException, which is no Exception.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             return
+        found = 0
         for sentence in sentences:
-            found = text.find(sentence, start, end)
-            if found < 0:
+            if (found := text.find(sentence, found)) < 0:
                 return
-            start = found + len(sentence)
-            place = self._closed(start)
-            if place == len(text) or text[place - 1].isspace() or text[place].isspace() or not text[place].isascii():
+            found += len(sentence)
+            place = self._closed(start + found)
+            around = self._text[place - 1 : place + 1]
+            if len(around) < 2 or around[0].isspace() or around[1].isspace() or not around[1].isascii():
                 yield place

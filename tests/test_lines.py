@@ -1,6 +1,7 @@
 """Tables and lists as people have them: what is read, what is refused, and what is said about it."""
 
 import csv
+import gzip
 import json
 import os
 from collections.abc import Callable
@@ -117,6 +118,8 @@ class TestTables:
             ("id,text\na,Hello.\n".encode("utf-32"), ("null characters",)),
             ("id,text\na,こんにちは\n".encode("shift-jis"), ("not UTF-8", "line 2")),
             (b"PK\x03\x04 and what else there is in a workbook", ("workbook", "CSV UTF-8")),
+            (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1 and what else there is in an older one", ("workbook",)),
+            (gzip.compress(b"id,text\na,Hello.\n"), ("archive",)),
         ],
     )
     def test_another_encoding_is_named_as_far_as_it_can_be_told(
@@ -451,6 +454,18 @@ class TestValues:
     def test_what_json_makes_of_a_missing_value_is_not_given(self, read: Read) -> None:
         [line] = read('{"id":"a","text":"Hi.","voice":NaN,"speed":null}\n', "lines.jsonl")
         assert line.request.body() == {**DEFAULTS, "text": "Hi."}
+
+    def test_what_pandas_writes_for_a_missing_value_is_not_given(self, read: Read) -> None:
+        [first, second, third] = read("id,text,voice,language\na,Hi.,NaN,NaN\nb,Ho.,<NA>,nan\nc,Ha.,Nan,\n")
+        assert first.request.body() == {**DEFAULTS, "text": "Hi."}
+        assert second.request.body() == {**DEFAULTS, "text": "Ho.", "language": "nan"}  # Min Nan Chinese
+        assert third.request.voice == "Nan"
+
+    def test_an_error_of_the_spreadsheet_is_no_text(self, read: Read, refuse: Refuse) -> None:
+        message = refuse("id,text,voice\na,#NAME?,\n#REF!,Hi.,#N/A\n")
+        for words in ("line 2: text: '#NAME?'", "line 3: id: '#REF!'", "line 3: voice: '#N/A'"):
+            assert words in message
+        assert texts(read("id,text\na,Is #NAME? one?\n")) == {"a": "Is #NAME? one?"}
 
     def test_a_text_that_looks_like_a_missing_value_is_a_text(self, read: Read) -> None:
         assert texts(read("id,text\na,NaN\nb,null\nc,None\n")) == {"a": "NaN", "b": "null", "c": "None"}

@@ -34,6 +34,11 @@ OPTION: Final = "option."
 REMARK: Final = "#"
 NEAR: Final = 0.75
 """How much of a name has to be as in a known one to ask whether that was meant: `voise` and `langauge` are."""
+MISSING: Final = frozenset({"NaN", "<NA>"})
+"""How pandas writes what is missing, if asked to. Not `nan`, which is the code of a language."""
+SPREADSHEET_ERRORS: Final = frozenset(
+    {"#NAME?", "#REF!", "#VALUE!", "#DIV/0!", "#N/A", "#NULL!", "#NUM!", "#ERROR!", "#SPILL!"}
+)
 OF_THE_LINE: Final = ("id", "text", "model", "voice", "take", "options")
 _KNOWN: Final = {plain_name(name): name for name in (*OF_THE_LINE, *TTSRequest.model_fields)}
 
@@ -220,7 +225,9 @@ class _Reading:
             elif meaning:
                 names[meaning] = name
                 value = _value(meaning, python_value(value))
-                if not _is_missing(value):
+                if isinstance(value, str) and value in SPREADSHEET_ERRORS:
+                    self.note(f"{name}: {value!r} is an error of the spreadsheet, and nothing to say", row.line)
+                elif not _is_missing(value, meaning):
                     given[meaning] = value
         return given
 
@@ -316,10 +323,10 @@ def _whole(take: object) -> int:
     return int(number)
 
 
-def _is_missing(value: object) -> bool:
+def _is_missing(value: object, meaning: str) -> bool:
     """Whether a value says nothing. 0 says something; NaN, which pandas has for what is missing, does not."""
     if value is None or isinstance(value, str):
-        return not (value or "").strip()
+        return not (value or "").strip() or (value in MISSING and meaning not in ("id", "text"))
     if type(value).__name__ == "NAType":  # pandas.NA, which is not even unequal to itself
         return True
     try:

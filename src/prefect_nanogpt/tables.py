@@ -34,6 +34,8 @@ _BYTE_ORDER_MARKS: Final = {
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
+_NO_TEXT: Final = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0", b"\x1f\x8b")
+"""How a ZIP archive begins, which a workbook is, an older workbook, and a file of gzip."""
 _LINE_END: Final = re.compile(r"\r\n?|\n")
 _SPACE: Final = re.compile(r"[ \t\r\n]*")
 _SEPARATOR_LINE: Final = re.compile(r"sep=([^\r\n\"])[ ]*(?:\r\n?|\n)", re.IGNORECASE)
@@ -125,8 +127,8 @@ def _decoded(data: bytes) -> str:
     Raises:
         ValueError: It is neither UTF-8 nor UTF-16 with a byte order mark.
     """
-    if data.startswith(b"PK\x03\x04"):
-        raise ValueError("it is a workbook or another ZIP archive. Save the sheet as 'CSV UTF-8'")
+    if data.startswith(_NO_TEXT):
+        raise ValueError("it is a workbook or an archive. Save the sheet as 'CSV UTF-8'")
     mark, encoding = next((item for item in _BYTE_ORDER_MARKS.items() if data.startswith(item[0])), (b"", "utf-8"))
     body = data.removeprefix(mark)
     if encoding == "utf-8" and b"\0" in body:

@@ -13,8 +13,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from prefect_nanogpt.audio import CONTENT_TYPES, EXTENSIONS
-from prefect_nanogpt.errors import NanoGPTError
-from prefect_nanogpt.joining import can_join, join
+from prefect_nanogpt.errors import NanoGPTError, require_extra
+from prefect_nanogpt.joining import join
 from prefect_nanogpt.lines import ManifestRow
 from prefect_nanogpt.models import AudioFile
 from prefect_nanogpt.storage import Destination
@@ -85,7 +85,7 @@ async def join_audio(
     locations = [_location(file) for file in files]
     if problem := _problem_in(locations, name, container or named, gap_seconds):
         raise NanoGPTError(problem, code="INVALID_REQUEST")
-    can_join()
+    require_extra("audio", "To join audio")
     place = Destination(folder)
     with tempfile.TemporaryDirectory() as temporary:
         local = {

@@ -13,12 +13,12 @@ from pydantic import BaseModel, ValidationError
 
 from prefect_nanogpt.budget import COST_LIMIT_EXCEEDED, Budget
 from prefect_nanogpt.client import NanoGPTClient
-from prefect_nanogpt.errors import AudioError, NanoGPTError
+from prefect_nanogpt.errors import AudioError, NanoGPTError, require_extra
 from prefect_nanogpt.events import run_logger
 from prefect_nanogpt.job import Said, Terms, save_whole, would_be_submitted
-from prefect_nanogpt.joining import can_join, join
+from prefect_nanogpt.joining import join
 from prefect_nanogpt.ledger import Entry, Job, Ledger
-from prefect_nanogpt.long_text import can_be_split, spans
+from prefect_nanogpt.long_text import spans
 from prefect_nanogpt.models import AudioFile
 from prefect_nanogpt.report import Report
 from prefect_nanogpt.tasks.join import bytes_of
@@ -51,8 +51,7 @@ async def say_in_parts(
         NanoGPTError: The first failure of a part; or the parts cannot be joined.
     """
     assert job.request is not None
-    can_join()
-    can_be_split()
+    require_extra("long", "The text is longer than the model takes. To say it in parts")
     ledger = terms.ledger
     texts = [job.request.text[start:end] for start, end in await _planned_spans(job, limit, ledger)]
     parts = [Job(job.provider, job.request.model_copy(update={"text": text}), job.take, is_part=True) for text in texts]

@@ -158,6 +158,12 @@ async def test_what_follows_the_last_frame_of_an_mp3_does_not_make_it_cut(
     assert await save(tone(form, SECONDS) + tail, tmp_path) == pytest.approx(SECONDS, abs=0.1)
 
 
+@pytest.mark.parametrize("tail", [bytes(64), b"error: the upstream has closed the connection\n"], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+async def test_what_is_behind_whole_audio_does_not_make_it_cut(form: str, tail: bytes, tmp_path: Path) -> None:
+    assert await save(tone(form, SECONDS) + tail, tmp_path) == pytest.approx(SECONDS, abs=0.1)
+
+
 @pytest.mark.parametrize(
     "forms",
     [

@@ -318,7 +318,7 @@ def _ogg(file: BinaryIO, size: int) -> Headers:
 
 def _mp4(file: BinaryIO, size: int) -> Headers:
     """Follow the boxes; a box of size 0 goes to the end of the file, one of size 1 has its size behind its name."""
-    position, seen = 0, set()
+    position, seen, name = 0, set[bytes](), b""
     while position < size and len(box := _at(file, position, 16)) >= 8:
         length, name = struct.unpack(">I4s", box[:8])
         seen.add(name)
@@ -327,7 +327,8 @@ def _mp4(file: BinaryIO, size: int) -> Headers:
         if length < 8:
             break
         position += length
-    if position > size:
+    # Else it is a box without sound, or not even that but something behind the last one.
+    if position > size and name in (b"ftyp", b"moov", b"mdat", b"moof"):
         raise _truncated(f"its header says {position} bytes, and {size} are there")
     if b"moov" not in seen:
         raise _truncated("its index is not there") if b"mdat" in seen else _empty("It is a header without any samples.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from importlib import import_module
 from typing import TYPE_CHECKING, ClassVar, Final
 from urllib.parse import unquote
 
@@ -31,6 +32,7 @@ __all__ = [
 
 CONTENT_POLICY_VIOLATION = "CONTENT_POLICY_VIOLATION"
 TTS_FAILED = "TTS_FAILED"
+_EXTRAS: Final = {"audio": ("av",), "long": ("av", "regex", "sentencex")}
 _PASSWORD: Final = re.compile(r"(?<=://)([^/?#:@\[]*):(?:([^/?#]*)|(?!\d*(?:[/?#]|$))(.*))@", re.DOTALL)
 """The user and the password of a URL; also a password that has a character which ends the host in a URL."""
 
@@ -142,6 +144,25 @@ class TTSTimeout(NanoGPTError):
     """The deadline passed while the job was still under way. The job itself goes on: wait for its `ticket` again."""
 
     default_code = "TTS_TIMEOUT"
+
+
+def require_extra(extra: str, purpose: str) -> None:
+    """Make sure, before anything is paid for, that what an extra brings is installed.
+
+    Args:
+        extra: The extra.
+        purpose: What it is needed for, as the beginning of a sentence.
+
+    Raises:
+        NanoGPTError: It is not (code `EXTRA_MISSING`).
+    """
+    try:
+        for module in _EXTRAS[extra]:
+            import_module(module)
+    except ImportError as error:
+        raise NanoGPTError(
+            f"{purpose}, install prefect-nanogpt[{extra}] ({error}). Nothing was submitted.", code="EXTRA_MISSING"
+        ) from None
 
 
 class AudioError(NanoGPTError):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias, cast
 
 from prefect_nanogpt.audio import Conversion, decode, open_audio, read_headers
-from prefect_nanogpt.errors import AudioError, NanoGPTError
+from prefect_nanogpt.errors import AudioError
 
 if TYPE_CHECKING:
     from av import AudioCodecContext, AudioFrame
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from av.container import OutputContainer
     from av.packet import Packet
 
-__all__ = ["can_join", "join"]
+__all__ = ["join"]
 
 MUXERS: Final = {"mp3": "mp3", "wav": "wav", "ogg": "ogg", "flac": "flac", "mp4": "mp4", "aac": "adts"}
 MUXER_OPTIONS: Final = {"wav": {"rf64": "auto"}, "mp4": {"movflags": "faststart"}}
@@ -41,7 +41,7 @@ SILENCE_SAMPLES: Final = 1024
 
 Piece: TypeAlias = Path | float
 """A file, or so many seconds of silence."""
-Way: TypeAlias = "Callable[[OutputContainer, AudioStream, Sequence[Piece], Form], None]"
+Way: TypeAlias = "Callable[[OutputContainer, AudioStream, Sequence[Piece], Mapping[Path, Form]], None]"
 
 
 class Form(NamedTuple):
@@ -56,20 +56,6 @@ class Form(NamedTuple):
     rate: int
     channels: int
     setup: bytes | None
-
-
-def can_join() -> None:
-    """Make sure, before anything is paid for, that audio can be joined.
-
-    Raises:
-        NanoGPTError: The extra `audio` is not installed (code `EXTRA_MISSING`).
-    """
-    try:
-        import av  # noqa: F401
-    except ImportError as error:
-        raise NanoGPTError(
-            f"To join audio, install prefect-nanogpt[audio] ({error}). Nothing was submitted.", code="EXTRA_MISSING"
-        ) from None
 
 
 def join(files: Sequence[Path], target: Path, container: str | None = None, gap_seconds: float = 0.0) -> str:
@@ -95,17 +81,17 @@ def join(files: Sequence[Path], target: Path, container: str | None = None, gap_
     """
     import av
 
-    forms = [_form_of(file) for file in files]
-    first = forms[0]
+    forms = {file: _form_of(file) for file in dict.fromkeys(files)}
+    first = forms[files[0]]
     container = container or first.container
     pieces: list[Piece] = [files[0]]
     for file in files[1:]:
         pieces += [gap_seconds, file] if gap_seconds > 0 else [file]
-    same = {file for file, form in zip(files, forms, strict=True) if form == first and form.setup is not None}
+    can_all_be_copied = gap_seconds <= 0 and all(_can_be_copied(form, first) for form in forms.values())
     is_standalone = first.channels <= 2 and (first.codec in STANDALONE or first.codec.startswith("pcm_"))
     ways: list[Way] = [partial(_encode, container=container)]
-    if container == first.container and (is_standalone or same.issuperset(pieces)):
-        ways.insert(0, partial(_copy, same=same))
+    if container == first.container and (is_standalone or can_all_be_copied):
+        ways.insert(0, _copy)
     failure: Exception | None = None
     for way in ways:
         try:
@@ -113,7 +99,7 @@ def join(files: Sequence[Path], target: Path, container: str | None = None, gap_
                 open_audio(files[0], first.container) as model,
                 av.open(str(target), "w", format=MUXERS[container], options=MUXER_OPTIONS.get(container)) as joined,
             ):
-                way(joined, model.streams.audio[0], pieces, first)
+                way(joined, model.streams.audio[0], pieces, forms)
             return container
         except (av.FFmpegError, ValueError) as error:
             failure = failure or error
@@ -133,23 +119,26 @@ def _form_of(file: Path) -> Form:
         return Form(headers.container, codec.name, codec.sample_rate, codec.layout.nb_channels, setup)
 
 
-def _copy(
-    joined: OutputContainer, model: AudioStream, pieces: Sequence[Piece], first: Form, *, same: set[Path]
-) -> None:
-    """Copy the packets of the pieces that are in `same`, and encode the others to packets of the same form."""
+def _can_be_copied(form: Form, first: Form) -> bool:
+    return form == first and form.setup is not None
+
+
+def _copy(joined: OutputContainer, model: AudioStream, pieces: Sequence[Piece], forms: Mapping[Path, Form]) -> None:
+    """Copy the packets of the pieces of the first one's form, and encode the others to packets of that form."""
     import av
 
+    first = next(iter(forms.values()))
     stream = joined.add_stream_from_template(model)
     encoder = STANDALONE.get(first.codec, first.codec)
     tick = Fraction(1, first.rate)
     end = Fraction(0)
     for piece in pieces:
-        if piece in same:
+        if isinstance(piece, Path) and _can_be_copied(forms[piece], first):
             packets = _packets(piece, first.container)
         else:
             context = cast("AudioCodecContext", av.CodecContext.create(encoder, "w"))
             _set_up(context, encoder, first, model)
-            packets = _encoded([piece], context, first.rate)
+            packets = _encoded([piece], context, forms)
         # An encoder fills its last frame up and puts a little before the first, which is too much for a short silence.
         until = end + Fraction(piece) if isinstance(piece, float) else None
         for packet in packets:
@@ -165,13 +154,14 @@ def _copy(
 
 
 def _encode(
-    joined: OutputContainer, model: AudioStream, pieces: Sequence[Piece], first: Form, *, container: str
+    joined: OutputContainer, model: AudioStream, pieces: Sequence[Piece], forms: Mapping[Path, Form], *, container: str
 ) -> None:
     """Encode all pieces with one encoder."""
+    first = next(iter(forms.values()))
     encoder = "flac" if (container, first.codec) == ("ogg", "flac") else ENCODERS[container]
     stream = cast("AudioStream", joined.add_stream(encoder, rate=_rate(encoder, first.rate)))
     _set_up(stream.codec_context, encoder, first, model)
-    for packet in _encoded(pieces, stream.codec_context, first.rate):
+    for packet in _encoded(pieces, stream.codec_context, forms):
         packet.stream = stream
         joined.mux(packet)
 
@@ -216,13 +206,19 @@ def _packets(file: Path, container: str) -> Iterator[Packet[AudioStream]]:
                 yield bare
 
 
-def _encoded(pieces: Sequence[Piece], context: AudioCodecContext, silence_rate: int) -> Iterator[Packet[AudioStream]]:
+def _encoded(
+    pieces: Sequence[Piece], context: AudioCodecContext, forms: Mapping[Path, Form]
+) -> Iterator[Packet[AudioStream]]:
     # By way of integers, since damaged audio can decode to NaN or infinity, which LAME ends the process for.
     conversion = Conversion("s32", context.layout.name, context.sample_rate)
 
     def converted() -> Iterator[AudioFrame]:
         for piece in pieces:
-            for frame in _silence(piece, silence_rate) if isinstance(piece, float) else _frames(piece):
+            if isinstance(piece, Path):
+                frames = _frames(piece, forms[piece].container)
+            else:
+                frames = _silence(piece, context.sample_rate)
+            for frame in frames:
                 yield from conversion.convert(frame)
         yield from conversion.flush()
 
@@ -234,9 +230,7 @@ def _encoded(pieces: Sequence[Piece], context: AudioCodecContext, silence_rate: 
     yield from context.encode(None)
 
 
-def _frames(file: Path) -> Iterator[AudioFrame]:
-    with file.open("rb") as opened:
-        container = read_headers(opened, file.stat().st_size).container
+def _frames(file: Path, container: str) -> Iterator[AudioFrame]:
     with open_audio(file, container) as source:
         for _, frames in decode(source):
             yield from frames or ()

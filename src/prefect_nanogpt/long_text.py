@@ -9,9 +9,7 @@ from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import Final
 
-from prefect_nanogpt.errors import NanoGPTError
-
-__all__ = ["LEAST_PART", "can_be_split", "spans", "split", "units"]
+__all__ = ["LEAST_PART", "spans", "split", "units"]
 
 LEAST_PART: Final = 20
 """In UTF-16 code units: room for the longest word of most texts with its marks. Each part is a job, and is paid for."""
@@ -55,23 +53,6 @@ def units(text: str) -> int:
     points are fewer, so this is the safe way.
     """
     return len(text) + sum(character > "\uffff" for character in text)
-
-
-def can_be_split() -> None:
-    """Make sure, before anything is paid for, that a text can be split.
-
-    Raises:
-        NanoGPTError: The extra `long` is not installed (code `EXTRA_MISSING`).
-    """
-    try:
-        import regex  # noqa: F401
-        import sentencex  # noqa: F401
-    except ImportError as error:
-        raise NanoGPTError(
-            f"The text is longer than the model takes. To say it in parts, install prefect-nanogpt[long] ({error}). "
-            "Nothing was submitted.",
-            code="EXTRA_MISSING",
-        ) from None
 
 
 def split(text: str, limit: int, language: str | None = None) -> list[str]:

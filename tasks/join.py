@@ -12,8 +12,8 @@ from typing import Final
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from prefect_nanogpt.audio import CONTENT_TYPES, EXTENSIONS
-from prefect_nanogpt.errors import NanoGPTError, require_extra
+from prefect_nanogpt.audio import CONTENT_TYPES, EXTENSIONS, inspect
+from prefect_nanogpt.errors import AudioError, NanoGPTError, require_extra, without_password
 from prefect_nanogpt.joining import join
 from prefect_nanogpt.lines import ManifestRow
 from prefect_nanogpt.models import AudioFile
@@ -56,14 +56,15 @@ async def join_audio(
             `.aac` says which container to make; without one, that of the first file is made, and its extension added.
         gap_seconds: The silence between two files, in seconds.
         container: The container to make, `mp3`, `wav`, `ogg`, `flac`, `mp4` or `aac`, where the extension does not say.
+            The other extensions are understood too.
 
     Returns:
         The file, with its duration as a decoder plays it. What the files have cost is not added up.
 
     Raises:
-        NanoGPTError: There are no files, one of them is a line without audio, or the container is not known (code
-            `INVALID_REQUEST`); or the extra `audio` is not installed (code `EXTRA_MISSING`).
-        AudioError: A file is not audio.
+        NanoGPTError: There are no files, one of them is a line without audio, or the container is not known or not that
+            of the extension (code `INVALID_REQUEST`); or the extra `audio` is not installed (code `EXTRA_MISSING`).
+        AudioError: A file is not audio (code `AUDIO_INVALID`), or not whole (`AUDIO_EMPTY`, `AUDIO_TRUNCATED`).
         StorageError: A file cannot be read, or the result cannot be written.
 
     Example:
@@ -82,9 +83,14 @@ async def join_audio(
     folder, name = _split(os.fspath(to))
     stem, _, extension = name.rpartition(".")
     named = EXTENSIONS.get(extension.lower()) if stem else None
+    asked = EXTENSIONS.get(container.lower(), container) if container else named
+    if isinstance(files, str | PathLike):
+        raise NanoGPTError("`files` is one path: give a list of them.", code="INVALID_REQUEST")
     locations = [_location(file) for file in files]
-    if problem := _problem_in(locations, name, container or named, gap_seconds):
+    if problem := _problem_in(locations, name, asked, gap_seconds):
         raise NanoGPTError(problem, code="INVALID_REQUEST")
+    if named and asked != named:
+        raise NanoGPTError(f"`to` ends with .{extension}, and `container` is {container!r}.", code="INVALID_REQUEST")
     require_extra("audio", "To join audio")
     place = Destination(folder)
     with tempfile.TemporaryDirectory() as temporary:
@@ -92,10 +98,10 @@ async def join_audio(
             location: await _fetch(location, Path(temporary, str(number)))
             for number, location in enumerate(dict.fromkeys(locations))
         }
+        for location, path in local.items():
+            await _verify(path, location)
         joined = Path(temporary, "joined")
-        await asyncio.to_thread(
-            join, [local[location] for location in locations], joined, container or named, gap_seconds
-        )
+        await asyncio.to_thread(join, [local[location] for location in locations], joined, asked, gap_seconds)
         return await place.save(
             bytes_of(joined),
             stem if named else name,
@@ -132,6 +138,18 @@ async def _fetch(location: str, into: Path) -> Path:
     folder, name = _split(location)
     place = Destination(folder)
     return await place.run(place.fetch, name, into)
+
+
+async def _verify(path: Path, location: str) -> None:
+    """Make sure that a file is whole, since what is made of half of it would look whole.
+
+    Raises:
+        AudioError: It is not.
+    """
+    try:
+        await asyncio.to_thread(inspect, path)
+    except AudioError as error:
+        raise AudioError(f"{without_password(location)}: {error.message}", code=error.code) from None
 
 
 async def bytes_of(path: Path) -> AsyncIterator[bytes]:

@@ -150,8 +150,9 @@ class TestTheTask:
         assert played(audio.location) == pytest.approx(4.0, abs=0.2)
 
     async def test_a_container_can_be_asked_for(self, pieces: Path, tmp_path: Path) -> None:
-        audio = await join_audio(written(pieces, ("mp3", 1.0)), tmp_path / "whole", container="ogg")
-        assert audio.location == str(tmp_path / "whole.ogg")
+        for container in ("ogg", "Opus"):
+            audio = await join_audio(written(pieces, ("mp3", 1.0)), tmp_path / "whole", container=container)
+            assert audio.location == str(tmp_path / "whole.ogg")
 
     async def test_other_audio_of_that_name_is_kept(self, pieces: Path, tmp_path: Path) -> None:
         one, two = written(pieces, ("mp3", 1.0), ("mp3", 2.0))
@@ -169,6 +170,16 @@ class TestTheTask:
         assert audio.location == "memory:///shows/whole.mp3"
         assert audio.duration_seconds == pytest.approx(3.0, abs=0.1)
 
+    @pytest.mark.parametrize("form", FORMS)
+    async def test_half_a_file_is_not_joined_and_is_named(self, form: str, pieces: Path, tmp_path: Path) -> None:
+        [piece] = written(pieces, ("mp3", 1.0))
+        half = pieces / f"half.{CONTAINERS[form]}"
+        half.write_bytes(tone(form, 2.0)[: len(tone(form, 2.0)) // 2])
+        with pytest.raises(AudioError, match=f"(AUDIO_TRUNCATED|AUDIO_EMPTY): {half}: ") as caught:
+            await join_audio([piece, half], tmp_path / "whole.mp3")
+        assert not caught.value.retryable
+        assert files_in(tmp_path) == []
+
     async def test_what_cannot_be_joined_is_explained(self, pieces: Path, tmp_path: Path) -> None:
         [piece] = written(pieces, ("mp3", 1.0))
         row = {"id": "a", "text": "One.", "outcome": "TTS_FAILED", "job": "0"}
@@ -183,6 +194,8 @@ class TestTheTask:
                 "INVALID_REQUEST: There is no audio at place 2",
             ),
             ([piece], "whole", "midi", "INVALID_REQUEST: 'midi' is no container"),
+            ([piece], "whole.mp3", "wav", "INVALID_REQUEST: `to` ends with .mp3, and `container` is 'wav'"),
+            (piece, "whole.mp3", None, "INVALID_REQUEST: `files` is one path"),
         ):
             with pytest.raises(NanoGPTError, match=says):
                 await join_audio(files, tmp_path / to, container=container)

@@ -11,9 +11,10 @@ from typing import Final
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.runtime import task_run
 
 from prefect_nanogpt.audio import CONTENT_TYPES, EXTENSIONS, inspect
-from prefect_nanogpt.errors import AudioError, NanoGPTError, require_extra, without_password
+from prefect_nanogpt.errors import AudioError, NanoGPTError, StorageError, require_extra, without_password
 from prefect_nanogpt.joining import join
 from prefect_nanogpt.lines import ManifestRow
 from prefect_nanogpt.models import AudioFile
@@ -27,9 +28,14 @@ BLOCK_BYTES: Final = 1024**2
 LONGEST_GAP_SECONDS: Final = 3600
 
 
+def run_name() -> str:
+    """Name a run by what it makes."""
+    return f"join into {without_password(os.fspath(task_run.parameters['to']))}"
+
+
 @task(
     name="join-audio",
-    task_run_name="join into {to}",
+    task_run_name=run_name,
     description="Join audio files into one.",
     retries=len(RETRY_DELAYS_SECONDS),
     retry_delay_seconds=RETRY_DELAYS_SECONDS,
@@ -51,7 +57,8 @@ async def join_audio(
     name is kept beside, as `<name>.<first letters of its digest>.<extension>`.
 
     Args:
-        files: The files, in order: what the flows return (also the rows of a batch), paths, or fsspec URLs.
+        files: The files, in order: what the flows return (also the rows of a batch), paths, or fsspec URLs. Where they
+            are on the server of `to`, they are fetched with the password that `to` has.
         to: The file to make: a path or fsspec URL. An extension such as `.mp3`, `.wav`, `.opus`, `.flac`, `.m4a` or
             `.aac` says which container to make; without one, that of the first file is made, and its extension added.
         gap_seconds: The silence between two files, in seconds.
@@ -86,7 +93,7 @@ async def join_audio(
     asked = EXTENSIONS.get(container.lower(), container) if container else named
     if isinstance(files, str | PathLike):
         raise NanoGPTError("`files` is one path: give a list of them.", code="INVALID_REQUEST")
-    locations = [_location(file) for file in files]
+    locations = [_with_password_of(os.fspath(to), _location(file)) for file in files]
     if problem := _problem_in(locations, name, asked, gap_seconds):
         raise NanoGPTError(problem, code="INVALID_REQUEST")
     if named and asked != named:
@@ -129,6 +136,13 @@ def _location(file: AudioFile | ManifestRow | str | PathLike[str]) -> str:
     return (file.location or "") if isinstance(file, AudioFile | ManifestRow) else os.fspath(file)
 
 
+def _with_password_of(to: str, location: str) -> str:
+    """Give a location on the same server the password that it was saved with, since rows do not tell it."""
+    server = "/".join(to.split("/", 3)[:3])
+    shown = without_password(server)
+    return location.replace(shown, server, 1) if shown != server and location.startswith(f"{shown}/") else location
+
+
 def _split(location: str) -> tuple[str, str]:
     folder, name = location.rsplit("/", 1) if "://" in location else os.path.split(location)
     return folder or os.curdir, name
@@ -137,7 +151,11 @@ def _split(location: str) -> tuple[str, str]:
 async def _fetch(location: str, into: Path) -> Path:
     folder, name = _split(location)
     place = Destination(folder)
-    return await place.run(place.fetch, name, into)
+    try:
+        return await place.run(place.fetch, name, into)
+    except StorageError as error:
+        error.message = f"{without_password(location)} cannot be read. {error.message}"
+        raise
 
 
 async def _verify(path: Path, location: str) -> None:

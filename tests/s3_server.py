@@ -104,9 +104,9 @@ class S3Server:
     def unfinished_uploads(self) -> list[Any]:
         return list(self.client("s3").list_multipart_uploads(Bucket="speech").get("Uploads", []))
 
-    def forbid_writing(self) -> None:
+    def allow_only(self, *actions: str) -> None:
         self._check_keys_after(float("inf"))
-        self._allow(self.client("iam"), READ)
+        self._allow(self.client("iam"), list(actions))
         self._check_keys_after(0)
 
     def _allow(self, iam: Any, actions: list[str]) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import asyncssh
@@ -59,6 +60,16 @@ class SFTPServer:
         asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(30)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(30)
+
+    @contextmanager
+    def silence(self) -> Iterator[None]:
+        """Let the server read and answer nothing, without ending a connection."""
+        is_over = threading.Event()
+        self._loop.call_soon_threadsafe(is_over.wait, 60)
+        try:
+            yield
+        finally:
+            is_over.set()
 
     async def _listen(self) -> asyncssh.SSHAcceptor:
         return await asyncssh.listen(

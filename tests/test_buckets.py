@@ -19,7 +19,7 @@ from prefect_nanogpt.models import PollSchedule
 from prefect_nanogpt.sandbox import Answer, Sandbox
 from prefect_nanogpt.storage import Destination
 from prefect_nanogpt.tasks import save_audio
-from tests.s3_server import S3Server, s3, s3_env
+from tests.s3_server import READ, WRITE, S3Server, s3, s3_env
 from tests.sounds import tone
 
 __all__ = ["s3", "s3_env"]
@@ -159,11 +159,20 @@ async def test_a_bucket_that_cannot_be_used_is_named_before_anything_is_paid(
 async def test_a_bucket_that_may_only_be_read_is_named_before_anything_is_paid(
     sandbox: Sandbox, s3_env: S3Server, to_bucket: dict[str, Any]
 ) -> None:
-    s3_env.forbid_writing()
+    s3_env.allow_only(*READ)
     with pytest.raises(StorageError, match="Access Denied") as caught:
         await text_to_speech("Read only.", **to_bucket)
     assert BUCKET in str(caught.value)
     assert not caught.value.retryable
+    assert sandbox.ledger.charges == []
+
+
+async def test_a_bucket_that_may_be_written_and_not_read_is_named_before_anything_is_paid(
+    sandbox: Sandbox, s3_env: S3Server, to_bucket: dict[str, Any]
+) -> None:
+    s3_env.allow_only("s3:ListBucket", *WRITE)
+    with pytest.raises(StorageError, match=BUCKET):
+        await text_to_speech("Write only.", **to_bucket)
     assert sandbox.ledger.charges == []
 
 
@@ -225,7 +234,7 @@ async def test_a_ticket_that_a_bucket_cannot_take_goes_elsewhere(
     sandbox: Sandbox, s3_env: S3Server, to_bucket: dict[str, Any], save_to: str
 ) -> None:
     ticket = sandbox.add_job("Read only.")
-    s3_env.forbid_writing()
+    s3_env.allow_only(*READ)
     with pytest.raises(StorageError, match="Access Denied"):
         await wait_for_tts(ticket, **to_bucket)
     audio = await wait_for_tts(ticket, **{**to_bucket, "save_to": save_to})

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from prefect import Flow
+from prefect import Flow, flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, LogFilter, LogFilterFlowRunId
 from prefect.logging.handlers import APILogHandler
@@ -23,8 +23,9 @@ from prefect_nanogpt.flows import collect_open_tickets, text_to_speech, text_to_
 from prefect_nanogpt.models import PollSchedule, Ticket
 from prefect_nanogpt.sandbox import Answer, Sandbox
 from prefect_nanogpt.storage import Destination
+from prefect_nanogpt.tasks import join_audio
 from tests.conftest import API_KEY
-from tests.ftp_server import PASSWORD, USER, FTPServer, ftp
+from tests.ftp_server import MAIL_USER, PASSWORD, USER, FTPServer, ftp
 from tests.sftp_server import PASSWORD as SFTP_PASSWORD
 from tests.sftp_server import SFTPServer, sftp
 from tests.sounds import tone
@@ -108,6 +109,70 @@ async def test_a_connection_that_was_ended_while_a_job_was_waited_for_is_made_ag
         assert (len(slow.ledger.charges), len(slow.requests("audio"))) == (2, 2)
 
 
+async def test_a_server_that_lets_few_connections_in_is_used_over_one(
+    sandbox: Sandbox, ftp: FTPServer, url: str, say: dict[str, Any]
+) -> None:
+    ftp.most_connections = 1
+    await text_to_speech("One connection.", save_to=f"{url}/few", **say)
+    rows = await text_to_speech_batch(LINES, save_to=f"{url}/fewer", **say)
+    assert [row.outcome for row in rows] == ["completed"] * 2
+    assert len(sandbox.ledger.charges) == 3
+
+
+async def test_a_server_that_renames_over_no_file_takes_more_lines_later(
+    sandbox: Sandbox, ftp: FTPServer, url: str, say: dict[str, Any]
+) -> None:
+    ftp.renames_over = False
+    await text_to_speech_batch(LINES[:1], save_to=f"{url}/strict", **say)
+    rows = await text_to_speech_batch(LINES, save_to=f"{url}/strict", **say)
+    assert [row.outcome for row in rows] == ["completed"] * 2
+    assert len(sandbox.ledger.charges) == 2
+    assert len((ftp.root / "strict/manifest.jsonl").read_text().splitlines()) == 2
+    assert not list(ftp.root.rglob("*.part"))
+
+
+@pytest.mark.parametrize("name", [".sent.", ".answer.", ".saved-", ".mp3"])
+async def test_an_upload_that_ends_in_the_middle_leaves_nothing_half_under_a_name_that_counts(
+    name: str, sandbox: Sandbox, ftp: FTPServer, url: str, say: dict[str, Any]
+) -> None:
+    ftp.breaks = name
+    audio = await text_to_speech("In one piece.", save_to=f"{url}/half", **say)
+    assert ftp.breaks is None
+    assert len(sandbox.ledger.charges) == 1
+    assert (ftp.root / "half" / audio.location.rpartition("/")[2]).stat().st_size == audio.size_bytes
+    notes = [path for path in (ftp.root / "half/.nanogpt").iterdir() if path.suffix == ".json"]
+    assert all(json.loads(note.read_bytes()) for note in notes)
+
+
+async def test_a_server_that_falls_silent_is_not_waited_for_for_ever(
+    sandbox: Sandbox, sftp: SFTPServer, say: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "SILENCE_SECONDS", 0.5)
+    save_to = f"sftp://127.0.0.1:{sftp.options['port']}/quiet"
+    await text_to_speech("Before.", save_to=save_to, **say)
+    with sftp.silence(), pytest.raises(StorageError) as caught:
+        await text_to_speech("After.", save_to=save_to, **say)
+    assert caught.value.retryable
+    await text_to_speech("After.", save_to=save_to, **say)
+    assert len(sandbox.ledger.charges) == 2
+
+
+async def test_lines_behind_a_password_are_joined_on_the_same_server_and_no_run_is_named_by_it(
+    ftp: FTPServer, url: str, say: dict[str, Any]
+) -> None:
+    rows = await text_to_speech_batch(LINES, save_to=f"{url}/lines", **say)
+
+    @flow
+    async def join() -> str:
+        return (await join_audio(rows, f"{url}/episode.mp3")).location
+
+    state = await join(return_state=True)
+    assert await state.aresult() == f"ftp://{USER}@{ftp.address}/episode.mp3"
+    told = await everything_told(state.state_details.flow_run_id)
+    assert f"join into ftp://{USER}@{ftp.address}/episode.mp3" in told
+    assert ENCODED not in told
+
+
 @pytest.mark.parametrize(
     ("command", "answer"),
     [
@@ -130,11 +195,12 @@ async def test_what_cannot_be_read_now_is_not_taken_for_unpaid(
     assert len(sandbox.ledger.charges) == 1
 
 
+@pytest.mark.parametrize("commands", [["MLSD", "LIST"], ["RETR"]])
 async def test_a_folder_that_does_not_show_what_is_in_it_is_refused_before_anything_is_paid(
-    sandbox: Sandbox, ftp: FTPServer, url: str, say: dict[str, Any]
+    commands: list[str], sandbox: Sandbox, ftp: FTPServer, url: str, say: dict[str, Any]
 ) -> None:
     (ftp.root / "drop" / ".nanogpt").mkdir(parents=True)
-    ftp.answers |= {command: "550 Permission denied." for command in ("MLSD", "LIST")}
+    ftp.answers |= dict.fromkeys(commands, "550 Permission denied.")
     with pytest.raises(StorageError):
         await text_to_speech("Into a drop box.", save_to=f"{url}/drop", **say)
     assert sandbox.ledger.charges == []
@@ -194,6 +260,10 @@ async def test_a_server_that_cannot_be_used_is_named_before_anything_is_paid_and
     ("url", "shown"),
     [
         ("ftp://speaker:secret@host/speech", "ftp://speaker@host/speech"),
+        ("ftp://me@example.org:secret@host/speech", "ftp://me@example.org@host/speech"),
+        ("ftp://me@example.org:s/e@c?ret@[::1]/speech", "ftp://me@example.org@[::1]/speech"),
+        ("ftp://me@host:21/to@day", "ftp://me@host:21/to@day"),
+        ("ftp://me@[::1]:21/to@day", "ftp://me@[::1]:21/to@day"),
         ("https://speaker:s%40cret@host:1/x?at=a@b", "https://speaker@host:1/x?at=a@b"),
         ("ftp://speaker:s@cret@host/to@day", "ftp://speaker@host/to@day"),
         ("ftp://speaker:s/e#c?ret@host/speech", "ftp://speaker@host/speech"),
@@ -214,6 +284,9 @@ def test_a_url_is_shown_without_its_password(url: str, shown: str) -> None:
 def test_a_password_is_hidden_in_the_words_of_others_and_no_word_that_has_it_in_it_is() -> None:
     assert hide(["s%40cret"], "Login s@cret, or s%40cret, failed.") == "Login ***, or ***, failed."
     assert hide(["in", ""], "Login of in failed.") == "Login of *** failed."
+    assert hide(["s cret/"], "s%20cret/, s%20cret%2F") == "***, ***"
+    assert hide([], "No answer from http://me:secret@host:9000/b.") == "No answer from http://me@host:9000/b."
+    assert hide([], "http://host:80/x, at 10:20, me@host") == "http://host:80/x, at 10:20, me@host"
 
 
 async def everything_told(flow_run_id: Any) -> str:
@@ -238,7 +311,7 @@ def everything_kept(root: Path) -> str:
     )
 
 
-@pytest.mark.parametrize("where", ["ftp", "sftp", "ledger"])
+@pytest.mark.parametrize("where", ["ftp", "e-mail", "sftp", "ledger"])
 async def test_the_password_of_a_url_is_in_no_message_log_report_label_note_or_row(
     where: str,
     sandbox: Sandbox,
@@ -252,6 +325,8 @@ async def test_the_password_of_a_url_is_in_no_message_log_report_label_note_or_r
 ) -> None:
     caplog.set_level(logging.DEBUG, logger="prefect")
     save_to = f"{url}/{where}"
+    if where == "e-mail":
+        save_to = f"ftp://{MAIL_USER}:{ENCODED}@{ftp.address}/{where}"
     if where == "sftp":
         save_to = f"sftp://speaker:{SFTP_PASSWORD}@127.0.0.1:{sftp.options['port']}/speech"
     if where == "ledger":

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import pickle
 import re
 import stat
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from prefect_nanogpt.errors import AudioError, StorageError
+from prefect_nanogpt.flows import text_to_speech
 from prefect_nanogpt.models import AudioFile
 from prefect_nanogpt.sandbox import Sandbox
 from prefect_nanogpt.storage import Destination, file_stem
@@ -237,10 +239,48 @@ async def test_a_folder_that_is_a_file_is_explained(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("save_to", ["", " ", "nosuchprotocol://bucket/speech", "s3//bucket://x"])
-def test_what_is_neither_folder_nor_url_is_refused(save_to: str) -> None:
-    with pytest.raises(StorageError, match="save_to"):
+@pytest.mark.parametrize(
+    "save_to",
+    [
+        "",
+        " ",
+        "nosuchprotocol://bucket/speech",
+        "s3//bucket://x",
+        Path("s3://bucket/speech"),
+        Path("ftp://speaker:mistyped@host/speech"),
+        "file:/speech",
+        "spee\0ch",
+        "~nobody-of-that-name/speech",
+        pytest.param("C:\\speech", marks=pytest.mark.skipif(os.name == "nt", reason="is a folder there")),
+        pytest.param("\\\\server\\speech", marks=pytest.mark.skipif(os.name == "nt", reason="is a folder there")),
+    ],
+    ids=ascii,
+)
+async def test_what_is_neither_folder_nor_url_is_refused_and_nothing_is_made_of_it(
+    save_to: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StorageError, match="save_to") as caught:
         Destination(save_to)
+    assert "mistyped" not in str(caught.value)
+    state = await text_to_speech("Nowhere.", save_to=save_to, return_state=True)
+    assert state.name == "STORAGE_FAILED"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["folder", "bucket"])
+async def test_a_place_that_was_used_travels_to_other_processes(where: str, request: pytest.FixtureRequest) -> None:
+    place = Destination(str(request.getfixturevalue(where)))
+    saved = await place.save(chunks_of(MP3), "speech")
+    for there in (pickle.loads(pickle.dumps(place)), pickle.loads(pickle.dumps(place.folder("below")))):
+        assert await there.run(there.check) is None
+    assert await is_intact(pickle.loads(pickle.dumps(place)), saved)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="is another machine there")
+async def test_a_path_that_begins_with_two_slashes_is_a_folder(tmp_path: Path) -> None:
+    audio = await Destination(f"/{tmp_path}/audio").save(chunks_of(MP3), "speech")
+    assert Path(audio.location).read_bytes() == MP3
 
 
 # Killed processes

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING, ClassVar, Final
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 if TYPE_CHECKING:
     from prefect_nanogpt.lines import ManifestRow
@@ -33,8 +33,10 @@ __all__ = [
 CONTENT_POLICY_VIOLATION = "CONTENT_POLICY_VIOLATION"
 TTS_FAILED = "TTS_FAILED"
 _EXTRAS: Final = {"audio": ("av",), "long": ("av", "regex", "sentencex")}
-_PASSWORD: Final = re.compile(r"(?<=://)([^/?#:@\[]*):(?:([^/?#]*)|(?!\d*(?:[/?#]|$))(.*))@", re.DOTALL)
-"""The user and the password of a URL; also a password that has a character which ends the host in a URL."""
+_PASSWORD: Final = re.compile(r"(?<=://)([^/?#:\[]*):(?:([^/?#]*)|(?!\d*(?:[/?#]|$))(.*))@", re.DOTALL)
+"""The user, who may be called as in an e-mail address, and the password of a URL; also a password that has a character
+which ends the host in a URL."""
+_URL_IN_WORDS: Final = re.compile(r"(?<=://)([^\s/?#:\[]*):[^\s/?#]*@")
 
 
 def normalize_code(code: object) -> str | None:
@@ -65,11 +67,12 @@ def passwords_in(url: str) -> list[str]:
 
 
 def hide(secrets: Iterable[str], words: str) -> str:
-    """Take secrets out of what somebody says, also where they are not written as in a URL."""
+    """Take secrets out of what somebody says, however they are written there, and the passwords of URLs in it."""
     for secret in filter(None, secrets):
-        for spelled in (secret, unquote(secret)):
+        plain = unquote(secret)
+        for spelled in (secret, plain, quote(plain), quote(plain, safe="")):
             words = re.sub(rf"(?<!\w){re.escape(spelled)}(?!\w)", "***", words)
-    return words
+    return _URL_IN_WORDS.sub(r"\1@", words)
 
 
 class NanoGPTError(Exception):

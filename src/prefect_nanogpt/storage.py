@@ -18,7 +18,7 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -26,8 +26,8 @@ from typing import Any, BinaryIO, Final, NamedTuple, ParamSpec, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import fsspec
-from fsspec.implementations.ftp import FTPFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import known_implementations
 from prefect.settings import PREFECT_HOME
 
 from prefect_nanogpt.audio import CONTENT_TYPES, EXTENSIONS, Sound, inspect
@@ -58,7 +58,9 @@ _EXCLUSIVE: Final = frozenset({"s3", "gs", "abfs", "memory"})
 BLOCK: Final = "remote-file-system/"
 CREATE_ATTEMPTS: Final = 5
 _ONE_THREAD: Final = threading.RLock()
+_CONNECTING: Final = threading.Lock()
 IDLE_SECONDS: Final = 20.0
+SILENCE_SECONDS: Final = 30.0
 FTP_BLOCK_BYTES: Final = 8 * 1024**2
 """Of a longer file the driver makes several transfers, each with an offset, which not every server takes."""
 # The answers of an FTP server that say something about a file, or that a command is not known.
@@ -107,12 +109,31 @@ def absolute(save_to: str | os.PathLike[str]) -> str:
         's3://bucket/speech'
     """
     save_to = os.fspath(save_to)
-    if not save_to.strip() or "://" in save_to or "::" in save_to or save_to.startswith(BLOCK):
+    if "://" in save_to or "::" in save_to or save_to.startswith(BLOCK) or _problem_with(save_to):
         return save_to
     folder = Path(save_to).expanduser()
     if not folder.is_absolute() and _is_lost_with_the_run(Path.cwd()):
         folder = PREFECT_HOME.value() / Path(os.environ.get("NANOGPT_HOME") or "nanogpt").expanduser() / folder
     return os.path.abspath(folder)
+
+
+def _problem_with(save_to: str) -> str | None:
+    """Say why no folder can be meant, although the system might make one that is called so."""
+    if not save_to.strip():
+        return "save_to is empty: give a folder or a URL such as s3://bucket/speech."
+    if "\0" in save_to:
+        return f"save_to={without_password(save_to)!r} has a zero byte in it."
+    scheme = re.match(r"([a-z][a-z0-9+.-]*):/(?!/)", save_to)
+    if scheme and scheme[1] in known_implementations:
+        return (
+            f"save_to begins with {scheme[0]}, and a URL begins with {scheme[0]}/. Give a URL as a string: Path() "
+            "takes a slash away."
+        )
+    if os.name != "nt" and re.match(r"[A-Za-z]:[\\/](?!/)|\\\\", save_to):
+        return f"save_to={save_to!r} is a folder of Windows, and this machine is none: it would be a file name here."
+    if save_to.startswith("~") and os.path.expanduser(save_to) == save_to:
+        return f"save_to={save_to!r} begins with the home folder of a user who is not known on this machine."
+    return None
 
 
 def _is_lost_with_the_run(folder: Path) -> bool:
@@ -129,15 +150,17 @@ def is_temporary(folder: Path) -> bool:
 class _OneThread:
     """A file system for one thread at a time: drivers that are not asynchronous talk over one connection, if any.
 
-    Servers end a connection that is idle while a job is waited for, and drivers keep and share it all the same, so it
-    is looked at before it is used after a pause, and made anew after a failure.
+    It is the same for all that this process does with an account, since many servers let few connections in. Servers
+    end a connection that is idle while a job is waited for, and drivers keep it all the same, so it is looked at before
+    it is used after a pause, and made anew after a failure.
     """
 
     def __init__(self, fs: Any) -> None:
         self._fs = fs
         self._is_lost = False
         self._used_at = float("-inf")
-        if isinstance(fs, FTPFileSystem):
+        self._can_be_lost = hasattr(fs, "_connect") and hasattr(fs, "ftp")  # FTP and SFTP
+        if self._can_be_lost:
             _tame(fs)
 
     def __getattr__(self, name: str) -> Any:
@@ -146,22 +169,28 @@ class _OneThread:
             return found
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            with _ONE_THREAD:
-                self._connect_again_if_lost()
-                try:
-                    return found(*args, **kwargs)
-                except (*_FINAL, NotImplementedError):
-                    raise
-                except Exception:
-                    self._is_lost = True
-                    raise
-                finally:
-                    self._used_at = time.monotonic()
+            with self.turn():
+                return found(*args, **kwargs)
 
         return call
 
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Have the file system to oneself, for several calls or to read a file of it."""
+        with _ONE_THREAD:
+            self._connect_again_if_lost()
+            try:
+                yield
+            except (*_FINAL, NotImplementedError):
+                raise
+            except BaseException:
+                self._is_lost = True
+                raise
+            finally:
+                self._used_at = time.monotonic()
+
     def _connect_again_if_lost(self) -> None:
-        if not hasattr(self._fs, "_connect") or not hasattr(self._fs, "ftp"):
+        if not self._can_be_lost:
             return
         if not self._is_lost and time.monotonic() - self._used_at > IDLE_SECONDS:
             connection = self._fs.ftp
@@ -175,13 +204,17 @@ class _OneThread:
 
 
 def _tame(fs: Any) -> None:
-    """Make the driver of FTP tell what is not there from what cannot be had, and move a file in one piece.
+    """Make the driver of FTP tell what is not there from what cannot be had, and that of SFTP not wait for ever.
 
-    It takes all that the server refuses for "not there", a lost connection and a login that has ended included.
+    FTP's takes all that the server refuses for "not there", a lost connection and a login that has ended included. It
+    also moves a long file in several pieces.
     """
     connect = fs._connect
 
     def listen() -> None:
+        if hasattr(fs.ftp, "get_channel"):
+            fs.ftp.get_channel().settimeout(SILENCE_SECONDS)
+            return
         answer = fs.ftp.getresp
 
         def getresp() -> Any:
@@ -201,6 +234,36 @@ def _tame(fs: Any) -> None:
     fs.blocksize = FTP_BLOCK_BYTES
     fs._connect = connect_and_listen
     listen()
+
+
+_connections: Final[dict[str, _OneThread]] = {}
+"""By the process (connections do not survive a fork), the driver, the server and the options."""
+
+
+def _file_system(url: str, options: dict[str, Any]) -> tuple[Any, str]:
+    """Give the file system of a URL, connected, and the path in it."""
+    protocol = fsspec.core.split_protocol(url)[0] or "file"
+    driver = fsspec.get_filesystem_class(protocol)
+    if driver.async_impl or issubclass(driver, LocalFileSystem) or "::" in url:
+        fs, path = fsspec.core.url_to_fs(url, **options)
+        return (fs if fs.async_impl or isinstance(fs, LocalFileSystem) else _OneThread(fs)), path
+    asked = fsspec.config.apply_config(driver, options)
+    key = repr((os.getpid(), driver, urlsplit(url).netloc, sorted(asked.items())))
+    with _CONNECTING:
+        if key not in _connections:
+            _connections[key] = _OneThread(fsspec.core.url_to_fs(url, **options)[0])
+    return _connections[key], driver._strip_protocol(url)
+
+
+def _secrets_in(settings: Mapping[str, Any]) -> list[str]:
+    """List what is secret in the settings of a driver, which may be in groups."""
+    found = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found += _secrets_in(value)
+        elif isinstance(value, str) and _SECRET.search(name):
+            found.append(value)
+    return found
 
 
 class _Place(NamedTuple):
@@ -245,8 +308,8 @@ class Destination:
     def __init__(self, save_to: str | os.PathLike[str], *, displaces: bool = True) -> None:
         save_to = os.fspath(save_to)
         self.displaces = displaces
-        if not save_to.strip():
-            raise StorageError("save_to is empty: give a folder or a URL such as s3://bucket/speech.")
+        if problem := _problem_with(save_to):
+            raise StorageError(f"{problem} Nothing was submitted.")
         if _AUDIO_NAME.search(save_to):
             raise NanoGPTError(
                 f"save_to={without_password(save_to)!r} is a folder, and this looks like a file. Give the folder, and "
@@ -410,9 +473,11 @@ class Destination:
             with _ONE_THREAD:
                 if self.read(name) is not None:
                     return False
-                if not self.is_bucket:
-                    self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-                self.fs.pipe_file(path, content)
+                try:
+                    self.write(name, content)
+                except StorageError:
+                    if self.read(name) != content:  # else only the answer was lost
+                        raise
             return True
         for attempt in range(CREATE_ATTEMPTS):
             try:
@@ -429,16 +494,27 @@ class Destination:
 
     @cached_property
     def claims_exclusively(self) -> bool:
-        """Whether a file can be created here by one of several that try at once. Some stores ignore the condition."""
+        """Whether a file can be created here by one of several that try at once. Some stores ignore the condition.
+
+        Raises:
+            StorageError: What is written here is not listed, or cannot be read.
+        """
         if self.is_local:
             return True
-        if self._protocols.isdisjoint(_EXCLUSIVE):
+        is_exclusive = not self._protocols.isdisjoint(_EXCLUSIVE) and self._creates_once()
+        if not is_exclusive:
             self.write("probe", b"What is written here must be seen here.")
-            if "probe" not in self.list_files("probe"):
-                raise StorageError(
-                    f"{self.shown} does not list what is written to it, so what is paid for could not be found again."
-                )
-            return False
+            self._see_probe()
+        return is_exclusive
+
+    def _see_probe(self) -> None:
+        # Whether a bucket can be listed is known by now.
+        if self.read("probe") is None or not (self.is_bucket or "probe" in self.list_files("probe")):
+            raise StorageError(
+                f"{self.shown} does not show what is written to it, so what is paid for could not be found again."
+            )
+
+    def _creates_once(self) -> bool:
         probe = f"{self.root}/probe"
         created = 0
         for attempt in range(CREATE_ATTEMPTS):
@@ -451,6 +527,8 @@ class Destination:
                 raise
             except Exception as error:
                 if _says_it_exists(error):
+                    if created:  # by this call: the place is new
+                        self._see_probe()
                     return True
                 if isinstance(error, OSError) and error.errno == errno.ENOSYS:
                     return False
@@ -488,7 +566,7 @@ class Destination:
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file, whole or not at all, over what is there."""
-        with _temporary_file(self._staging, name) as (file, part):
+        with _temporary_file(self._staging, file_stem(name)) as (file, part):
             file.write(content)
             _sync(file)
             self._move(part, name)
@@ -585,12 +663,26 @@ class Destination:
             if self.is_bucket:
                 self.fs.put_file(str(part), path, **self._content_type(name))
             else:
-                self.fs.makedirs(self.root, exist_ok=True)
+                self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
                 self.fs.put_file(str(part), path + _PART)
-                self.fs.mv(path + _PART, path)
+                self._rename(path + _PART, path)
         except Exception as error:  # the drivers of buckets have families of errors of their own
             raise self.failure(error) from self.cause(error)
         return self._location(path)
+
+    def _rename(self, path: str, to: str) -> None:
+        """Rename a file, over what is there: some servers refuse that, and want it to be deleted first."""
+        try:
+            self.fs.mv(path, to)
+        except Exception:
+            if to.rpartition("/")[2] not in self.list_files(to.rpartition("/")[2]):
+                raise
+            self.fs.rm_file(to)
+            self.fs.mv(path, to)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A connection stays in its process.
+        return {name: value for name, value in vars(self).items() if name != "_place"}
 
     _parent: tuple[Destination, str] | None = None
 
@@ -614,19 +706,17 @@ class Destination:
                 block: Any = RemoteFileSystem.load(url.removeprefix(BLOCK), _sync=True)  # type: ignore[call-arg]
                 url, settings = block.basepath, block.settings
             secrets += passwords_in(url)
-            secrets += [str(value) for name, value in settings.items() if _SECRET.search(name)]
             bare, login = _split_login(url)
-            fs, root = fsspec.core.url_to_fs(bare, **(login | settings))
+            secrets += _secrets_in({**fsspec.config.conf, "settings": settings})
+            fs, root = _file_system(bare, login | settings)
         except Exception as error:  # some drivers log in at once
             is_final = isinstance(error, (ImportError, ValueError, ftplib.error_perm))
             words = hide(secrets, str(error))
             raise StorageError(f"save_to={self.shown!r} cannot be used: {words}", retryable=not is_final) from None
-        if not fs.async_impl and not isinstance(fs, LocalFileSystem):
-            fs = _OneThread(fs)
         return _Place(fs, root.rstrip("/"), urlsplit(without_password(url)).netloc, secrets)
 
     def _turn(self) -> AbstractContextManager[Any]:
-        return _ONE_THREAD if isinstance(self.fs, _OneThread) else nullcontext()
+        return self.fs.turn() if isinstance(self.fs, _OneThread) else nullcontext()
 
     @property
     def _staging(self) -> Path:

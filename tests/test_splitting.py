@@ -100,7 +100,7 @@ class TestWhatIsPreferred:
         ("text", "limit", "parts"),
         [
             ("قال الرجل، ثم مضى؛ ولم يعد", 12, ["قال الرجل،", "ثم مضى؛", "ولم يعد"]),
-            ("वह घर गया। फिर वह सो गया।", 15, ["वह घर गया।", "फिर वह सो गया።"]),
+            ("वह घर गया। फिर वह सो गया।", 15, ["वह घर गया।", "फिर वह सो गया।"]),
         ],
     )
     def test_the_marks_of_other_scripts_count(self, text: str, limit: int, parts: list[str]) -> None:

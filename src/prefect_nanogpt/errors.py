@@ -75,6 +75,25 @@ def hide(secrets: Iterable[str], words: str) -> str:
     return _URL_IN_WORDS.sub(r"\1@", words)
 
 
+def require_extra(extra: str, purpose: str) -> None:
+    """Make sure, before anything is paid for, that what an extra brings is installed.
+
+    Args:
+        extra: The extra.
+        purpose: What it is needed for, as the beginning of a sentence.
+
+    Raises:
+        NanoGPTError: It is not (code `EXTRA_MISSING`).
+    """
+    try:
+        for module in _EXTRAS[extra]:
+            import_module(module)
+    except ImportError as error:
+        raise NanoGPTError(
+            f"{purpose}, install prefect-nanogpt[{extra}] ({error}). Nothing was submitted.", code="EXTRA_MISSING"
+        ) from None
+
+
 class NanoGPTError(Exception):
     """Base class of all errors of this package.
 
@@ -147,25 +166,6 @@ class TTSTimeout(NanoGPTError):
     """The deadline passed while the job was still under way. The job itself goes on: wait for its `ticket` again."""
 
     default_code = "TTS_TIMEOUT"
-
-
-def require_extra(extra: str, purpose: str) -> None:
-    """Make sure, before anything is paid for, that what an extra brings is installed.
-
-    Args:
-        extra: The extra.
-        purpose: What it is needed for, as the beginning of a sentence.
-
-    Raises:
-        NanoGPTError: It is not (code `EXTRA_MISSING`).
-    """
-    try:
-        for module in _EXTRAS[extra]:
-            import_module(module)
-    except ImportError as error:
-        raise NanoGPTError(
-            f"{purpose}, install prefect-nanogpt[{extra}] ({error}). Nothing was submitted.", code="EXTRA_MISSING"
-        ) from None
 
 
 class AudioError(NanoGPTError):

@@ -23,8 +23,8 @@ NO_BREAK_END: Final = re.compile(rf"[{NO_BREAK_SPACE}]+")
 LINE_END: Final = re.compile(r"[\n\r\x85\u2028\u2029]")
 CLOSING: Final = "\"'”’»›)]}）］｝〉》」』】〕〗〙"
 OPENING: Final = "“„‚‘«‹([{¿¡（［｛〈《「『【〔〖〘"
-# With marks of scripts that put no space behind them, or that the segmenter takes for those of another language.
 IDEOGRAPHIC: Final = r"\u3040-\u30ff\u3400-\u9fff"
+# With marks of scripts that put no space behind them, or that the segmenter takes for those of another language.
 SENTENCE_END: Final = re.compile(rf"(?:[。！？｡։؟۔।॥།။។።៕፧፨]|[!?](?=[{IDEOGRAPHIC}])|(?<!\d)．|．(?!\d))+")
 CLAUSE_END: Final = re.compile(
     # Without a space behind it a comma or colon may be in a number, a time or a URL; between digits, any may be.

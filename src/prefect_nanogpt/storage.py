@@ -675,7 +675,8 @@ class Destination:
         try:
             self.fs.mv(path, to)
         except Exception:
-            if to.rpartition("/")[2] not in self.list_files(to.rpartition("/")[2]):
+            name = to.rpartition("/")[2]
+            if name not in self.list_files(name):
                 raise
             self.fs.rm_file(to)
             self.fs.mv(path, to)

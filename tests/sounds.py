@@ -14,6 +14,7 @@ FORMS = {
     "mp3 without a total": ("mp3", "-ar", "24000", "-ac", "1", "-b:a", "64k", "-write_xing", "0"),
     "mp3 of variable rate without a total": ("mp3", "-ar", "44100", "-ac", "1", "-q:a", "4", "-write_xing", "0"),
     "wav": ("wav", "-ar", "24000", "-ac", "1"),
+    "wav with sizes of 64 bits": ("wav", "-ar", "24000", "-ac", "1", "-rf64", "always"),
     "wav of floats": ("wav", "-ar", "48000", "-ac", "2", "-c:a", "pcm_f32le"),
     "flac": ("flac", "-ar", "24000", "-ac", "1"),
     "ogg opus": ("ogg", "-ar", "48000", "-ac", "1", "-c:a", "libopus"),

@@ -51,6 +51,7 @@ async def save(content: bytes, folder: Path) -> float | None:
         (b"\xff\xf2\x40\xc0\x00\x00", "mp3"),
         (b"\xff\xe3\x18\xc4\x00\x00", "mp3"),
         (b"RIFF\x24\x00\x00\x00WAVEfmt ", "wav"),
+        (b"RF64\xff\xff\xff\xffWAVEds64", "wav"),
         (b"OggS\x00\x02\x00\x00", "ogg"),
         (b"fLaC\x00\x00\x00\x22", "flac"),
         (b"\x00\x00\x00\x20ftypM4A ", "mp4"),
@@ -143,11 +144,41 @@ async def test_a_wav_header_of_44_bytes_is_no_audio(tmp_path: Path) -> None:
             await save(header, tmp_path)
 
 
-@pytest.mark.parametrize("form", ["mp3", "flac", "aac"])
+@pytest.mark.parametrize("form", ["mp3", "flac", "aac", "ogg opus", "ogg vorbis", "ogg flac"])
 async def test_a_tag_before_the_audio_is_passed_over(form: str, tmp_path: Path) -> None:
-    await save(ID3 + tone(form, SECONDS), tmp_path)
+    duration = await save(ID3 + tone(form, SECONDS), tmp_path)
     [path] = files_in(tmp_path)
     assert path.suffix == f".{CONTAINERS[form]}"
+    assert duration == pytest.approx(SECONDS, abs=0.1)
+    assert played(path) == pytest.approx(SECONDS, abs=0.1)
+
+
+@pytest.mark.parametrize("form", ["wav", "m4a"])
+async def test_a_tag_before_audio_whose_players_look_only_at_the_beginning_is_refused(
+    form: str, tmp_path: Path
+) -> None:
+    with pytest.raises(AudioError, match=rf"AUDIO_INVALID: .*It is a {CONTAINERS[form]} behind a tag"):
+        await save(ID3 + tone(form, SECONDS), tmp_path)
+    (tmp_path / "tone").write_bytes(ID3 + tone(form, SECONDS))
+    with pytest.raises(subprocess.CalledProcessError):
+        played(tmp_path / "tone")
+
+
+@pytest.mark.parametrize("stray", ["zeros", "the rest of a frame", "a line"])
+@pytest.mark.parametrize("form", ["mp3", "mp3 without a total", "mp3 of variable rate", "aac"])
+async def test_stray_bytes_before_frames_are_passed_over(form: str, stray: str, tmp_path: Path) -> None:
+    content = tone(form, SECONDS)
+    before = {"zeros": bytes(300), "the rest of a frame": content[-150:], "a line": b"HTTP/1.1 200 OK\r\n\r\n"}
+    duration = await save(before[stray] + content, tmp_path)
+    [path] = files_in(tmp_path)
+    assert path.suffix == f".{CONTAINERS[form]}"
+    assert duration == pytest.approx(played(path, complaints=True), abs=0.1)
+    assert duration == pytest.approx(SECONDS, abs=0.1)
+
+
+async def test_frames_far_behind_something_else_are_no_audio(tmp_path: Path) -> None:
+    with pytest.raises(AudioError, match="AUDIO_INVALID"):
+        await save(b"%PDF-1.7\n" + bytes(70_000) + tone("mp3", SECONDS), tmp_path)
 
 
 @pytest.mark.parametrize("tail", [b"TAG" + bytes(125), b"APETAGEX" + bytes(100), bytes(500), ID3], ids=str)
@@ -188,7 +219,33 @@ async def test_files_that_were_joined_byte_by_byte_last_as_long_as_they_play(
     assert duration == pytest.approx(SECONDS * (1 if forms[0] == "wav" else len(forms)), abs=0.2)
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if not form.startswith("m4a")])
+@pytest.mark.parametrize(
+    "forms",
+    [("ogg opus", "ogg vorbis"), ("ogg vorbis", "ogg flac"), ("ogg flac", "ogg opus", "ogg opus")],
+    ids=" + ".join,
+)
+async def test_chained_streams_of_any_form_last_as_long_as_each_of_them_plays(
+    forms: tuple[str, ...], tmp_path: Path
+) -> None:
+    # The judge is asked about each by itself: of streams of several codecs it plays the first only.
+    seconds = 0.0
+    for number, form in enumerate(forms):
+        link = tmp_path / f"{number}"
+        link.write_bytes(tone(form, SECONDS + number))
+        seconds += played(link)
+        link.unlink()
+    content = b"".join(tone(form, SECONDS + number) for number, form in enumerate(forms))
+    assert await save(content, tmp_path) == pytest.approx(seconds, abs=0.1)
+    with pytest.raises(AudioError, match="AUDIO_TRUNCATED"):
+        await save(content[:-2000], tmp_path)
+
+
+@pytest.mark.parametrize("tail", [*range(1, 12), 100, 1000])
+async def test_zeros_behind_the_last_frame_of_an_aac_are_not_missed_sound(tail: int, tmp_path: Path) -> None:
+    assert await save(tone("aac", SECONDS) + bytes(tail), tmp_path) == pytest.approx(SECONDS, abs=0.1)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if not form.startswith(("m4a", "wav with sizes"))])
 async def test_audio_that_was_written_as_a_stream_is_whole(form: str, tmp_path: Path) -> None:
     content = tone(form, SECONDS, is_streamed=True)
     duration = await save(content, tmp_path)

@@ -1,10 +1,12 @@
 """Several files made one: as long as all of them, and encoded anew only where it must be."""
 
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import fsspec
 import pytest
+from imageio_ffmpeg import get_ffmpeg_exe
 from prefect import flow
 
 from prefect_nanogpt import NanoGPTCredentials
@@ -16,7 +18,17 @@ from prefect_nanogpt.tasks import join_audio
 from tests.conftest import files_in
 from tests.sounds import CONTAINERS, FORMS, decoded, played, tone
 
-COPIED = "mp3", "mp3 of variable rate", "wav", "wav of floats", "ogg opus", "ogg vorbis", "m4a", "aac"
+COPIED = (
+    "mp3",
+    "mp3 of variable rate",
+    "wav",
+    "wav with sizes of 64 bits",
+    "wav of floats",
+    "ogg opus",
+    "ogg vorbis",
+    "m4a",
+    "aac",
+)
 
 
 def written(folder: Path, *pieces: tuple[str, float]) -> list[Path]:
@@ -25,6 +37,15 @@ def written(folder: Path, *pieces: tuple[str, float]) -> list[Path]:
     for path, piece in zip(paths, pieces, strict=True):
         path.write_bytes(tone(*piece))
     return paths
+
+
+def is_loud_at(path: Path, *seconds: float) -> bool:
+    """Whether there is sound at each of the times, heard for 0.1 s."""
+    samples = memoryview(decoded(path.read_bytes())).cast("h")
+    return all(
+        max(map(abs, samples[int(second * 16_000) : int(second * 16_000) + 1600]), default=0) > 300
+        for second in seconds
+    )
 
 
 def length(paths: Sequence[Path], gap_seconds: float = 0.0) -> float:
@@ -99,11 +120,53 @@ def test_chained_pieces_are_joined_whole(pieces: Path, tmp_path: Path) -> None:
     assert played(tmp_path / "whole") == pytest.approx(21.0, rel=0.01)
 
 
-def test_chained_vorbis_is_encoded_anew_since_each_stream_has_tables_of_its_own(pieces: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("forms", [("ogg vorbis", "ogg vorbis"), ("ogg vorbis", "ogg opus"), ("ogg opus", "ogg flac")])
+def test_what_was_chained_is_one_stream_afterwards(forms: tuple[str, str], pieces: Path, tmp_path: Path) -> None:
     chained = pieces / "chained.ogg"
-    chained.write_bytes(tone("ogg vorbis", 4.0) + tone("ogg vorbis", 5.0))
-    join([chained, chained], tmp_path / "whole")
-    assert played(tmp_path / "whole") == pytest.approx(18.0, rel=0.01)
+    chained.write_bytes(tone(forms[0], 4.0) + tone(forms[1], 5.0))
+    join([chained, chained], tmp_path / "whole", gap_seconds=1.0)
+    assert played(tmp_path / "whole") == pytest.approx(19.0, rel=0.01)
+    assert is_loud_at(tmp_path / "whole", 2.0, 7.0, 12.0, 17.0)
+
+
+@pytest.mark.parametrize("form", ["mp3", "mp3 of variable rate", "ogg opus", "wav"])
+def test_many_gaps_do_not_add_up_to_another_length(form: str, pieces: Path, tmp_path: Path) -> None:
+    files = [*written(pieces, (form, 2.0)) * 60, *written(pieces, ("m4a", 2.0)) * 3]
+    join(files, tmp_path / "whole", gap_seconds=0.75)
+    one = played(files[0])
+    assert played(tmp_path / "whole") == pytest.approx(60 * one + 3 * played(files[-1]) + 62 * 0.75, abs=0.3)
+
+
+@pytest.mark.parametrize("form", ["ogg opus", "mp3"])
+def test_the_last_of_many_short_pieces_is_heard_to_its_end(form: str, pieces: Path, tmp_path: Path) -> None:
+    files = written(pieces, (form, 0.31)) * 80
+    join(files, tmp_path / "whole")
+    samples = memoryview(decoded((tmp_path / "whole").read_bytes())).cast("h")
+    seconds = len(samples) / 16_000
+    assert seconds >= 80 * played(files[0]) - 0.05
+    assert is_loud_at(tmp_path / "whole", seconds - 0.15)
+
+
+@pytest.mark.parametrize(("sample_format", "first", "to"), [("s32", "flac", "wav"), ("flt", "wav", "flac")])
+def test_samples_of_more_than_16_bits_keep_them(
+    sample_format: str, first: str, to: str, pieces: Path, tmp_path: Path
+) -> None:
+    quiet = ["-f", "lavfi", "-i", "sine=duration=1:frequency=440,volume=0.0004"]
+    codec = ["-c:a", "pcm_f32le"] if first == "wav" else ["-sample_fmt", "s32"]
+    piece = pieces / f"quiet.{first}"
+    subprocess.run([get_ffmpeg_exe(), "-loglevel", "error", *quiet, *codec, str(piece)], check=True)
+    join([piece], tmp_path / "whole", to)
+    command = [get_ffmpeg_exe(), "-loglevel", "error", "-i", str(tmp_path / "whole"), "-f", "s32le", "-"]
+    samples = memoryview(subprocess.run(command, capture_output=True, check=True).stdout).cast("i")
+    # With 16 bits, samples this quiet would have next to no values between zero and their loudest.
+    assert len(set(samples)) > 300
+
+
+def test_mp3_of_a_higher_rate_than_opus_takes_is_converted(pieces: Path, tmp_path: Path) -> None:
+    source = ["-f", "lavfi", "-i", "sine=duration=3", "-ac", "1", "-b:a", "320k"]
+    subprocess.run([get_ffmpeg_exe(), "-loglevel", "error", *source, str(pieces / "a.mp3")], check=True)
+    assert join([pieces / "a.mp3"], tmp_path / "whole", "ogg") == "ogg"
+    assert played(tmp_path / "whole") == pytest.approx(3.0, abs=0.1)
 
 
 def test_what_is_no_audio_is_not_joined(tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ tell: PyAV, with the extra `audio`.
 
 from __future__ import annotations
 
+import re
 import struct
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -70,6 +71,12 @@ XING_SLACK_FRAMES: Final = 4
 MP4_SLACK_SECONDS: Final = 0.1
 """Decoders leave out the priming samples, which some writers count."""
 ROUNDING_SECONDS: Final = 0.001
+LARGEST_STRAY_BYTES: Final = 65_536
+"""How far to look for the audio behind something that is none: the rest of a frame, or what a relay has put there."""
+FRAME_HEADER_BYTES: Final = 7
+"""Those of AAC; MP3 has 4."""
+FRAMES_IN_A_ROW: Final = 3
+"""How many frame headers must follow one another where each says, so that they are no accident."""
 
 
 class Headers(NamedTuple):
@@ -80,14 +87,15 @@ class Headers(NamedTuple):
         seconds: How long the headers say that it plays, in seconds, where they say.
         slack: By how much that may be wrong, in seconds.
         measured: How long it plays, in seconds, where that follows from the number of bytes.
-        is_chained: Whether several Ogg streams follow one another.
+        links: Where the audio begins and ends, in bytes. More than one place, if Ogg streams follow one another: each
+            has headers of its own, and may be of another codec, rate or number of channels.
     """
 
     container: str
     seconds: float | None = None
     slack: float = 0.0
     measured: float | None = None
-    is_chained: bool = False
+    links: tuple[tuple[int, int], ...] = ()
 
 
 class Sound(NamedTuple):
@@ -115,7 +123,7 @@ def container_of(head: bytes) -> str | None:
     """
     if head.startswith(b"ID3"):
         return "mp3"
-    if head.startswith(b"RIFF") and head[8:12] == b"WAVE":
+    if head.startswith((b"RIFF", b"RF64")) and head[8:12] == b"WAVE":
         return "wav"
     if head.startswith(b"OggS"):
         return "ogg"
@@ -140,8 +148,7 @@ def inspect(path: Path) -> Sound:
         AudioError: It is no audio (code `AUDIO_INVALID`), there is no sound in it (`AUDIO_EMPTY`), or it ends before
             its own headers say (`AUDIO_TRUNCATED`). A download may go better.
     """
-    with path.open("rb") as file:
-        headers = read_headers(file, path.stat().st_size)
+    headers = read_headers(path)
     try:
         import av  # noqa: F401
     except ImportError:
@@ -150,16 +157,33 @@ def inspect(path: Path) -> Sound:
     return Sound(headers.container, seconds, peaks, True)
 
 
-def read_headers(file: BinaryIO, size: int) -> Headers:
+def read_headers(path: Path) -> Headers:
     """Read what the headers of a file say, and make sure that all the bytes they announce are there.
-
-    Args:
-        file: The file, at any position.
-        size: Its size in bytes.
 
     Raises:
         AudioError: As `inspect` does.
     """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start, container = _beginning(file, size)
+        match container:
+            case "wav":
+                headers = _wav(file, size)
+            case "flac":
+                headers = _flac(file, start, size)
+            case "mp3":
+                headers = _mp3(file, start, size)
+            case "ogg":
+                headers = _ogg(file, start, size)
+            case "mp4":
+                headers = _mp4(file, size)
+            case _:
+                headers = _aac(file, start, size)
+    return headers if headers.links else headers._replace(links=((start, size),))
+
+
+def _beginning(file: BinaryIO, size: int) -> tuple[int, str]:
+    """Find where the audio begins, and in which container it is."""
     if size == 0:
         raise _empty("It has no bytes.")
     start = 0
@@ -175,19 +199,13 @@ def read_headers(file: BinaryIO, size: int) -> Headers:
         start += len(padded) - len(padded.lstrip(b"\0"))
         head = _at(file, start, 12)
     container = container_of(head)
-    match container:
-        case "wav":
-            return _wav(file, size)
-        case "flac":
-            return _flac(file, start, size)
-        case "mp3":
-            return _mp3(file, start, size)
-        case "ogg":
-            return _ogg(file, size)
-        case "mp4":
-            return _mp4(file, size)
-        case "aac":
-            return Headers("aac")
+    if container in ("wav", "mp4") and start:
+        raise _invalid(f"It is a {container} behind a tag, where players do not find it.")
+    if container:
+        return start, container
+    for frame_length, framed in ((_mpeg_length, "mp3"), (_adts_length, "aac")):
+        if (first := _next_frames(file, start, frame_length)) is not None:
+            return first, framed
     looks_like = "a web page" if head.lstrip()[:1] == b"<" else "JSON" if head.lstrip()[:1] in b"{[" else "data"
     raise _invalid(f"It is {looks_like} that begins with {head!r}.")
 
@@ -209,8 +227,23 @@ def _truncated(why: str) -> AudioError:
     return AudioError(f"The audio was cut short: {why}.", code="AUDIO_TRUNCATED", retryable=True)
 
 
+def _next_frames(file: BinaryIO, start: int, frame_length: Callable[[bytes], int]) -> int | None:
+    """Find where frames begin that follow one another, as far as one looks for them."""
+    stray = _at(file, start, LARGEST_STRAY_BYTES)
+    for found in re.finditer(b"\xff", stray):
+        position = start + found.start()
+        for _ in range(FRAMES_IN_A_ROW):
+            length = frame_length(_at(file, position, FRAME_HEADER_BYTES))
+            if not length:
+                break
+            position += length
+        else:
+            return start + found.start()
+    return None
+
+
 def _wav(file: BinaryIO, size: int) -> Headers:
-    position, tag, bytes_per_second = 12, 0, 0
+    position, tag, bytes_per_second, large_size = 12, 0, 0, 0
     while len(chunk := _at(file, position, 8)) == 8:
         name, length = struct.unpack("<4sI", chunk)
         position += 8
@@ -218,11 +251,14 @@ def _wav(file: BinaryIO, size: int) -> Headers:
             described = _at(file, position, 12)
             if len(described) == 12:
                 tag, _, _, bytes_per_second = struct.unpack("<HHII", described)
+        if name == b"ds64":  # of RF64, by EBU Tech 3306: sizes of more than 4 GiB
+            large_size = int.from_bytes(_at(file, position + 8, 8), "little")
         if name == b"data":
+            length = large_size or length
             there = size - position
             if there <= 0:
                 raise _empty("It is a header without any samples.")
-            is_known = 0 < length < LARGEST_WAV_BYTES
+            is_known = 0 < length < LARGEST_WAV_BYTES or bool(large_size)
             if is_known and length > there:
                 raise _truncated(f"its header says {length} bytes of sound, and {there} are there")
             seconds = (length if is_known else there) / bytes_per_second if bytes_per_second else None
@@ -264,6 +300,38 @@ def _mpeg_frame(header: bytes) -> tuple[int, int, int] | None:
     return samples, rate, samples // 8 * kilobits * 1000 // rate + is_padded if kilobits else 0
 
 
+def _mpeg_length(header: bytes) -> int:
+    frame = _mpeg_frame(header)
+    return frame[2] if frame else 0
+
+
+def _adts_length(header: bytes) -> int:
+    """Read the length of an AAC frame in bytes from its header (ISO/IEC 13818-7); 0 where it is no such header."""
+    if len(header) < FRAME_HEADER_BYTES or header[0] != 0xFF or header[1] & 0xF6 != 0xF0:
+        return 0
+    length = int.from_bytes(header[3:6]) >> 5 & 0x1FFF
+    return length if length > FRAME_HEADER_BYTES else 0
+
+
+def _aac(file: BinaryIO, start: int, size: int) -> Headers:
+    """Follow the frames. Between those of pieces that were joined byte by byte may be tags."""
+    position = end = start
+    while header := _at(file, position, FRAME_HEADER_BYTES):
+        if length := _adts_length(header):
+            position = end = position + length
+        elif len(header) < FRAME_HEADER_BYTES and header[0] == 0xFF:
+            raise _truncated("it ends in the middle of a frame")
+        elif (following := _next_frames(file, position, _adts_length)) is not None:
+            position = following
+        else:
+            break
+    if end == start:
+        raise _invalid("It begins like AAC, and has no frame.")
+    if end > size:
+        raise _truncated("it ends in the middle of a frame")
+    return Headers("aac", links=((start, end),))
+
+
 def _mp3(file: BinaryIO, start: int, size: int) -> Headers:
     """Read the Xing or VBRI header in the first frame, with which encoders tell how many frames and bytes there are."""
     head = _at(file, start, 4)
@@ -289,31 +357,55 @@ def _mp3(file: BinaryIO, start: int, size: int) -> Headers:
     return Headers("mp3", seconds or None, slack)
 
 
-def _ogg(file: BinaryIO, size: int) -> Headers:
-    """Follow the pages. By RFC 7845 a stream whose end is not marked was cut short."""
-    position, streams, last_granule = 0, 0, 0
-    open_streams: set[bytes] = set()
+class _Page(NamedTuple):
+    start: int
+    end: int
+    is_first: bool
+    is_last: bool
+    granule: int
+    stream: bytes
+
+
+def _ogg_pages(file: BinaryIO, start: int, size: int) -> Iterator[_Page]:
+    position = start
     while position < size:
         page = _at(file, position, 27)
         if page[:4] != b"OggS"[: len(page)]:
-            break  # something else behind the last page
+            following = _at(file, position, LARGEST_STRAY_BYTES).find(b"OggS")
+            if following < 0:
+                return
+            position += following
+            continue
         segments = _at(file, position + 27, page[26]) if len(page) == 27 else b""
         end = position + 27 + len(segments) + sum(segments)
         if len(page) < 27 or len(segments) < page[26] or end > size:
             raise _truncated("it ends in the middle of a page")
-        kind, granule, serial = page[5], int.from_bytes(page[6:14], "little", signed=True), page[14:18]
-        last_granule = max(last_granule, granule)
-        if kind & 2:
-            streams += 1
-            open_streams.add(serial)
-        if kind & 4:
-            open_streams.discard(serial)
+        granule = int.from_bytes(page[6:14], "little", signed=True)
+        yield _Page(position, end, bool(page[5] & 2), bool(page[5] & 4), granule, page[14:18])
         position = end
+
+
+def _ogg(file: BinaryIO, start: int, size: int) -> Headers:
+    """Follow the pages. By RFC 7845 a stream whose end is not marked was cut short."""
+    links, end, last_granule, has_begun = [start], start, 0, False
+    open_streams: set[bytes] = set()
+    for page in _ogg_pages(file, start, size):
+        # The streams of a link all begin before any of them goes on.
+        if page.is_first and has_begun:
+            if open_streams:
+                break
+            links.append(page.start)
+        has_begun = not page.is_first
+        if page.is_first:
+            open_streams.add(page.stream)
+        if page.is_last:
+            open_streams.discard(page.stream)
+        end, last_granule = page.end, max(last_granule, page.granule)
     if last_granule == 0:
         raise _empty("It is a header without any samples.")
     if open_streams:
         raise _truncated("the end of the stream is not there")
-    return Headers("ogg", is_chained=streams > 1)
+    return Headers("ogg", links=tuple(pairwise([*links, end])))
 
 
 def _mp4(file: BinaryIO, size: int) -> Headers:
@@ -343,11 +435,11 @@ def _play(path: Path, headers: Headers) -> tuple[float, tuple[int, ...]]:
     samples: Counter[int] = Counter()
     announced, slack = headers.seconds, headers.slack
     cut: str | None = None
-    with open_audio(path, headers.container) as source:
-        stream = source.streams.audio[0]
-        if headers.container == "mp4" and stream.duration and stream.time_base:
-            announced, slack = float(stream.duration * stream.time_base), MP4_SLACK_SECONDS
-        try:
+    try:
+        for source in _opened(path, headers):
+            stream = source.streams.audio[0]
+            if headers.container == "mp4" and stream.duration and stream.time_base:
+                announced, slack = float(stream.duration * stream.time_base), MP4_SLACK_SECONDS
             for packet, frames in decode(source):
                 if packet.size:
                     cut = _how_cut(packet, frames, headers.container)
@@ -357,8 +449,8 @@ def _play(path: Path, headers: Headers) -> tuple[float, tuple[int, ...]]:
                         outline.add(frame)
                 if samples.total() > LONGEST_SECONDS * max(samples, default=1):
                     raise _invalid(f"It plays for more than {LONGEST_SECONDS // 3600} hours.")
-        except av.FFmpegError as error:
-            cut = f"what follows cannot be decoded ({error.strerror})"
+    except av.FFmpegError as error:
+        cut = f"what follows cannot be decoded ({error.strerror})"
     seconds = float(sum(Fraction(count, rate) for rate, count in samples.items()))
     if not seconds:
         raise _empty("Nothing in it can be decoded.")
@@ -369,8 +461,14 @@ def _play(path: Path, headers: Headers) -> tuple[float, tuple[int, ...]]:
     return seconds, outline.columns() if outline else ()
 
 
-def open_audio(path: Path, container: str) -> InputContainer:
-    """Open a file to decode it.
+def _opened(path: Path, headers: Headers) -> Iterator[InputContainer]:
+    for link in headers.links:
+        with open_audio(path, headers.container, link) as source:
+            yield source
+
+
+def open_audio(path: Path, container: str, link: tuple[int, int]) -> InputContainer:
+    """Open the audio that begins and ends at two places of a file, to decode it.
 
     Raises:
         AudioError: It cannot be opened, or has no sound track (code `AUDIO_INVALID`).
@@ -378,7 +476,11 @@ def open_audio(path: Path, container: str) -> InputContainer:
     import av
 
     try:
-        source = av.open(str(path), format=DEMUXERS[container], options={"protocol_whitelist": "file"})
+        source = av.open(
+            f"subfile,,start,{link[0]},end,{link[1]},,:{path}",
+            format=DEMUXERS[container],
+            options={"protocol_whitelist": "file,subfile"},
+        )
     except (av.FFmpegError, ValueError) as error:
         raise _invalid(f"The {container} cannot be opened: {getattr(error, 'strerror', None) or error}.") from None
     # A stream of an unknown codec has no context, and some versions of PyAV (seen on 16.1) crash when they decode it.

@@ -29,6 +29,8 @@ ENCODERS: Final = {
     "mp4": "aac",
     "aac": "aac",
 }
+DEEP_ENCODERS: Final = {"pcm_s16le": "pcm_s24le"}
+"""Encoders for sources of more than 16 bits, where the usual one has only 16."""
 STANDALONE: Final = {"mp3": "libmp3lame", "mp3float": "libmp3lame", "opus": "libopus"}
 """Codecs whose packets need no others, by their decoders, with their encoders: a piece can be put among other pieces
 that were encoded elsewhere. The same holds for PCM, where a packet is samples and nothing else."""
@@ -37,18 +39,29 @@ OPTIONS: Final = {"libmp3lame": {"reservoir": "0"}}
 LOSSY: Final = frozenset({"libmp3lame", "libopus", "aac"})
 BITS_PER_CHANNEL: Final = 64_000
 """The bit rate of what is encoded anew from a lossless source, per second: transparent for speech."""
+MOST_BITS_PER_CHANNEL: Final = 256_000
+"""Opus takes no more."""
 SILENCE_SAMPLES: Final = 1024
 
-Piece: TypeAlias = Path | float
-"""A file, or so many seconds of silence."""
-Way: TypeAlias = "Callable[[OutputContainer, AudioStream, Sequence[Piece], Mapping[Path, Form]], None]"
+
+class Source(NamedTuple):
+    """A file, or one of the streams that are chained in it, which begins and ends at two places."""
+
+    path: Path
+    container: str
+    link: tuple[int, int]
+
+
+Piece: TypeAlias = Source | float
+"""Audio, or so many seconds of silence."""
+Way: TypeAlias = "Callable[[OutputContainer, AudioStream, Form, Sequence[Piece], Mapping[Source, Form]], None]"
 
 
 class Form(NamedTuple):
     """What pieces must have in common to be put in a row as they are.
 
-    `setup` is what the packets are decoded by that stands in the file's header; None where they cannot be copied: FLAC
-    numbers its frames, and each stream of a chained file has a header of its own.
+    `setup` is what the packets are decoded by that stands in the file's header; None where they cannot be copied, since
+    FLAC numbers its frames.
     """
 
     container: str
@@ -62,7 +75,8 @@ def join(files: Sequence[Path], target: Path, container: str | None = None, gap_
     """Put audio files one behind the other, encoding anew only what must be.
 
     Pieces of the first one's form are copied, so that nothing is lost and hours take seconds. MP3, Opus and PCM pieces
-    of another form, and the silence between, are encoded once into that form and put among them. Where the codec has no
+    of another form, and the silence between, are encoded once into that form and put among them; the silence is as much
+    shorter as encoders have filled up the pieces before it, so that this does not add up. Where the codec has no
     place for packets of another encoder (FLAC, AAC, Vorbis), or another container is asked for, all of it is encoded
     once. Tags and index headers of the pieces are left out; the result has a header of its own.
 
@@ -81,14 +95,16 @@ def join(files: Sequence[Path], target: Path, container: str | None = None, gap_
     """
     import av
 
-    forms = {file: _form_of(file) for file in dict.fromkeys(files)}
-    first = forms[files[0]]
-    container = container or first.container
-    pieces: list[Piece] = [files[0]]
+    sources = {file: _sources_in(file) for file in dict.fromkeys(files)}
+    forms = {source: _form_of(source) for found in sources.values() for source in found}
+    pieces: list[Piece] = [*sources[files[0]]]
     for file in files[1:]:
-        pieces += [gap_seconds, file] if gap_seconds > 0 else [file]
+        pieces += [gap_seconds, *sources[file]] if gap_seconds > 0 else sources[file]
+    beginning = sources[files[0]][0]
+    first = forms[beginning]
+    container = container or first.container
     can_all_be_copied = gap_seconds <= 0 and all(_can_be_copied(form, first) for form in forms.values())
-    is_standalone = first.channels <= 2 and (first.codec in STANDALONE or first.codec.startswith("pcm_"))
+    is_standalone = first.channels <= 2 and _is_standalone(first.codec)
     ways: list[Way] = [partial(_encode, container=container)]
     if container == first.container and (is_standalone or can_all_be_copied):
         ways.insert(0, _copy)
@@ -96,55 +112,68 @@ def join(files: Sequence[Path], target: Path, container: str | None = None, gap_
     for way in ways:
         try:
             with (
-                open_audio(files[0], first.container) as model,
+                open_audio(*beginning) as model,
                 av.open(str(target), "w", format=MUXERS[container], options=MUXER_OPTIONS.get(container)) as joined,
             ):
-                way(joined, model.streams.audio[0], pieces, forms)
+                way(joined, model.streams.audio[0], first, pieces, forms)
             return container
         except (av.FFmpegError, ValueError) as error:
             failure = failure or error
     raise AudioError(f"The pieces cannot be joined: {failure}", code="AUDIO_NOT_JOINABLE") from None
 
 
-def _form_of(file: Path) -> Form:
-    with file.open("rb") as opened:
-        headers = read_headers(opened, file.stat().st_size)
-    with open_audio(file, headers.container) as source:
-        codec = source.streams.audio[0].codec_context
-        setup: bytes | None = b""
-        if codec.name == "flac" or (headers.is_chained and codec.name != "opus"):
+def _sources_in(file: Path) -> list[Source]:
+    headers = read_headers(file)
+    return [Source(file, headers.container, link) for link in headers.links]
+
+
+def _form_of(source: Source) -> Form:
+    with open_audio(*source) as opened:
+        codec = opened.streams.audio[0].codec_context
+        setup: bytes | None = codec.extradata or b""
+        if codec.name == "flac":
             setup = None
-        elif codec.name in ("vorbis", "aac"):
-            setup = codec.extradata or b""
-        return Form(headers.container, codec.name, codec.sample_rate, codec.layout.nb_channels, setup)
+        elif _is_standalone(codec.name):
+            setup = b""
+        return Form(source.container, codec.name, codec.sample_rate, codec.layout.nb_channels, setup)
+
+
+def _is_standalone(codec: str) -> bool:
+    return codec in STANDALONE or codec.startswith("pcm_")
 
 
 def _can_be_copied(form: Form, first: Form) -> bool:
     return form == first and form.setup is not None
 
 
-def _copy(joined: OutputContainer, model: AudioStream, pieces: Sequence[Piece], forms: Mapping[Path, Form]) -> None:
+def _copy(
+    joined: OutputContainer, model: AudioStream, first: Form, pieces: Sequence[Piece], forms: Mapping[Source, Form]
+) -> None:
     """Copy the packets of the pieces of the first one's form, and encode the others to packets of that form."""
     import av
 
-    first = next(iter(forms.values()))
     stream = joined.add_stream_from_template(model)
     encoder = STANDALONE.get(first.codec, first.codec)
     tick = Fraction(1, first.rate)
-    end = Fraction(0)
+    has_silence = any(isinstance(piece, float) for piece in pieces)
+    end = should_end = Fraction(0)
     for piece in pieces:
-        if isinstance(piece, Path) and _can_be_copied(forms[piece], first):
-            packets = _packets(piece, first.container)
+        is_silence = isinstance(piece, float)
+        if has_silence:
+            should_end += Fraction(piece) if isinstance(piece, float) else _length(piece)
+        if isinstance(piece, Source) and _can_be_copied(forms[piece], first):
+            packets = _packets(piece)
         else:
             context = cast("AudioCodecContext", av.CodecContext.create(encoder, "w"))
             _set_up(context, encoder, first, model)
-            packets = _encoded([piece], context, forms)
-        # An encoder fills its last frame up and puts a little before the first, which is too much for a short silence.
-        until = end + Fraction(piece) if isinstance(piece, float) else None
+            packets = _encoded([piece], context)
         for packet in packets:
-            if until is not None and end >= until:
+            # Encoders put a little before the first frame and fill the last one up. Silence makes up for both.
+            if is_silence and end >= should_end:
                 break
-            length = (packet.duration or 0) * (packet.time_base or tick)
+            # FFmpeg leaves out of an Opus packet's duration what is not to be heard at a stream's end. Here it is.
+            is_opus = first.codec == "opus"
+            length = _opus_seconds(bytes(packet)) if is_opus else (packet.duration or 0) * (packet.time_base or tick)
             packet.time_base = tick
             packet.pts = packet.dts = round(end / tick)
             packet.duration = round(length / tick)
@@ -153,15 +182,39 @@ def _copy(joined: OutputContainer, model: AudioStream, pieces: Sequence[Piece], 
             joined.mux(packet)
 
 
+def _length(source: Source) -> Fraction:
+    return sum((Fraction(frame.samples, frame.sample_rate) for frame in _frames(source)), Fraction(0))
+
+
+def _opus_seconds(packet: bytes) -> Fraction:
+    """Tell how long a packet of Opus plays, from its first two bytes (RFC 6716, section 3)."""
+    config, frames = packet[0] >> 3, packet[0] & 3
+    if config < 12:
+        milliseconds = (10.0, 20.0, 40.0, 60.0)[config & 3]
+    elif config < 16:
+        milliseconds = (10.0, 20.0)[config & 1]
+    else:
+        milliseconds = (2.5, 5.0, 10.0, 20.0)[config & 3]
+    count = (1, 2, 2, packet[1] & 0x3F if len(packet) > 1 else 0)[frames]
+    return count * Fraction(milliseconds) / 1000
+
+
 def _encode(
-    joined: OutputContainer, model: AudioStream, pieces: Sequence[Piece], forms: Mapping[Path, Form], *, container: str
+    joined: OutputContainer,
+    model: AudioStream,
+    first: Form,
+    pieces: Sequence[Piece],
+    forms: Mapping[Source, Form],
+    *,
+    container: str,
 ) -> None:
     """Encode all pieces with one encoder."""
-    first = next(iter(forms.values()))
     encoder = "flac" if (container, first.codec) == ("ogg", "flac") else ENCODERS[container]
+    if _is_deep(first, model):
+        encoder = DEEP_ENCODERS.get(encoder, encoder)
     stream = cast("AudioStream", joined.add_stream(encoder, rate=_rate(encoder, first.rate)))
     _set_up(stream.codec_context, encoder, first, model)
-    for packet in _encoded(pieces, stream.codec_context, forms):
+    for packet in _encoded(pieces, stream.codec_context):
         packet.stream = stream
         joined.mux(packet)
 
@@ -176,12 +229,21 @@ def _set_up(context: AudioCodecContext, encoder: str, form: Form, model: AudioSt
     channels = min(form.channels, 2)
     context.sample_rate = _rate(encoder, form.rate)
     context.layout = "mono" if channels == 1 else "stereo"
-    context.format = decoded if decoded in formats else formats[0]
+    if _is_deep(form, model) and "s32" in formats:
+        context.format = "s32"
+    else:
+        context.format = decoded if decoded in formats else formats[0]
     context.time_base = Fraction(1, context.sample_rate)
     if encoder in LOSSY:
         is_lossy = form.codec != "flac" and not form.codec.startswith("pcm_")
-        context.bit_rate = (is_lossy and model.codec_context.bit_rate) or BITS_PER_CHANNEL * channels
+        bit_rate = (is_lossy and model.codec_context.bit_rate) or BITS_PER_CHANNEL * channels
+        context.bit_rate = min(bit_rate, MOST_BITS_PER_CHANNEL * channels)
     context.options = OPTIONS.get(encoder, {})
+
+
+def _is_deep(form: Form, model: AudioStream) -> bool:
+    """Whether the samples of a form have more than 16 bits; those of lossy codecs have no bits to lose."""
+    return model.codec_context.format.name in ("s32", "s32p") or form.codec.startswith("pcm_f")
 
 
 def _rate(encoder: str, rate: int) -> int:
@@ -192,32 +254,27 @@ def _rate(encoder: str, rate: int) -> int:
     return next((taken for taken in rates if taken >= rate), rates[-1])
 
 
-def _packets(file: Path, container: str) -> Iterator[Packet[AudioStream]]:
+def _packets(source: Source) -> Iterator[Packet[AudioStream]]:
     import av
 
-    with open_audio(file, container) as source:
-        for packet in source.demux(source.streams.audio[0]):
+    with open_audio(*source) as opened:
+        for packet in opened.demux(opened.streams.audio[0]):
             data = bytes(packet)
             # Between MP3s that were joined byte by byte there are tags.
-            if data and (container != "mp3" or data[:1] == b"\xff"):
+            if data and (source.container != "mp3" or data[:1] == b"\xff"):
                 # Without what the demuxer has added, by which a muxer would begin a new stream.
                 bare = cast("Packet[AudioStream]", av.Packet(data))
                 bare.duration, bare.time_base = packet.duration, packet.time_base
                 yield bare
 
 
-def _encoded(
-    pieces: Sequence[Piece], context: AudioCodecContext, forms: Mapping[Path, Form]
-) -> Iterator[Packet[AudioStream]]:
+def _encoded(pieces: Sequence[Piece], context: AudioCodecContext) -> Iterator[Packet[AudioStream]]:
     # By way of integers, since damaged audio can decode to NaN or infinity, which LAME ends the process for.
     conversion = Conversion("s32", context.layout.name, context.sample_rate)
 
     def converted() -> Iterator[AudioFrame]:
         for piece in pieces:
-            if isinstance(piece, Path):
-                frames = _frames(piece, forms[piece].container)
-            else:
-                frames = _silence(piece, context.sample_rate)
+            frames = _frames(piece) if isinstance(piece, Source) else _silence(piece, context.sample_rate)
             for frame in frames:
                 yield from conversion.convert(frame)
         yield from conversion.flush()
@@ -230,9 +287,9 @@ def _encoded(
     yield from context.encode(None)
 
 
-def _frames(file: Path, container: str) -> Iterator[AudioFrame]:
-    with open_audio(file, container) as source:
-        for _, frames in decode(source):
+def _frames(source: Source) -> Iterator[AudioFrame]:
+    with open_audio(*source) as opened:
+        for _, frames in decode(opened):
             yield from frames or ()
 
 

@@ -58,7 +58,7 @@ from prefect_nanogpt.lines import (
     read_lines,
     shards_of,
 )
-from prefect_nanogpt.models import DEFAULT_MODEL, AudioFile, PollSchedule, Ticket
+from prefect_nanogpt.models import DEFAULT_MODEL, AudioFile, PollSchedule, Ticket, options_of
 from prefect_nanogpt.report import Artifact
 from prefect_nanogpt.storage import absolute, kept_name
 from prefect_nanogpt.tasks.ledgers import open_ledger
@@ -177,7 +177,7 @@ async def text_to_speech_batch(
     keep_result()
     save_to = absolute(save_to)
     try:
-        defaults = {"model": model, "voice": voice, **(options or {})}
+        defaults = {"model": model, "voice": voice, **_options(options)}
         wanted = await asyncio.to_thread(read_lines, lines, defaults, take)
         if shard is not None:
             if shard > shards:
@@ -204,6 +204,13 @@ async def text_to_speech_batch(
         raise
     except NanoGPTError as error:
         return cast(list[ManifestRow], await failed(error, final=not error.retryable))
+
+
+def _options(given: dict[str, Any] | None) -> dict[str, Any]:
+    try:
+        return options_of(given or {})
+    except ValueError as error:
+        raise NanoGPTError(f"options: {error}. Nothing was submitted.", code="INVALID_REQUEST") from None
 
 
 async def _run_in_shards(

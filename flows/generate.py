@@ -28,7 +28,7 @@ from prefect_nanogpt.flows.forms import (
 from prefect_nanogpt.job import Terms, find, say
 from prefect_nanogpt.ledger import Entry, Job
 from prefect_nanogpt.long_text import LEAST_PART, units
-from prefect_nanogpt.models import DEFAULT_MODEL, AudioFile, PollSchedule, TTSRequest, problems_in
+from prefect_nanogpt.models import DEFAULT_MODEL, AudioFile, PollSchedule, TTSRequest, problems_in, request_with
 from prefect_nanogpt.report import Report
 from prefect_nanogpt.storage import absolute
 from prefect_nanogpt.tasks.ledgers import open_ledger
@@ -131,7 +131,7 @@ async def text_to_speech(
     try:
         named = {"voice": voice, "speed": speed, "response_format": response_format}
         named = {name: value for name, value in named.items() if value is not None}
-        request = request_of({**(options or {}), **named, "text": text, "model": model})
+        request = _request(options, {**named, "text": text, "model": model})
         async with reporting_interruption(report, save_to):
             ledger, provider = await open_ledger(save_to, credentials)
             job = Job(provider, request, take, name)
@@ -190,10 +190,9 @@ async def _longest_part(
     return model.max_chars
 
 
-def request_of(fields: dict[str, Any]) -> TTSRequest:
-    """Make a request, or say what is wrong with it."""
+def _request(options: dict[str, Any] | None, fields: dict[str, Any]) -> TTSRequest:
     try:
-        return TTSRequest.model_validate(fields)
-    except ValidationError as invalid:
-        problems = "; ".join(problems_in(invalid))
-        raise NanoGPTError(f"{problems}. Nothing was submitted.", code="INVALID_REQUEST") from None
+        return request_with(options, fields)
+    except ValueError as error:
+        what = "; ".join(problems_in(error)) if isinstance(error, ValidationError) else error
+        raise NanoGPTError(f"{what}. Nothing was submitted.", code="INVALID_REQUEST") from None

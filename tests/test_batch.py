@@ -70,6 +70,21 @@ async def partial(**parameters: Any) -> BatchPartial:
     return caught.value
 
 
+async def test_the_manifest_has_a_row_a_line_whatever_ends_lines_elsewhere(batch: dict[str, Any], save_to: str) -> None:
+    text = "One\u2028two\u2029three\x85four\r\nfive."
+    rows = await text_to_speech_batch([{"id": "a", "text": text}], **batch)
+    assert manifest_in(save_to) == {"a": rows[0]}
+    assert rows[0].text == text
+
+
+async def test_rows_of_before_texts_were_kept_are_kept(batch: dict[str, Any], save_to: str) -> None:
+    Path(save_to).mkdir()
+    old = {"id": "old", "outcome": "completed", "location": "old.mp3", "job": "0"}
+    Path(save_to, "manifest.jsonl").write_text(json.dumps(old) + "\n")
+    await text_to_speech_batch([{"id": "a", "text": "Hello."}], **batch)
+    assert manifest_in(save_to)["old"].location == "old.mp3"
+
+
 async def test_lines_become_files_named_by_their_ids(batch: dict[str, Any], save_to: str, sandbox: Sandbox) -> None:
     rows = await text_to_speech_batch(lines_of(5), **batch)
     assert [row.id for row in rows] == [line["id"] for line in lines_of(5)]

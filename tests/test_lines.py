@@ -1,10 +1,13 @@
 """Tables and lists as people have them: what is read, what is refused, and what is said about it."""
 
+import codecs
 import csv
 import gzip
 import json
 import os
+import re
 from collections.abc import Callable
+from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -20,8 +23,9 @@ from prefect_nanogpt import NanoGPTCredentials
 from prefect_nanogpt.errors import BatchPartial, NanoGPTError
 from prefect_nanogpt.flows import text_to_speech, text_to_speech_batch
 from prefect_nanogpt.lines import Line, ManifestRow, read_lines
-from prefect_nanogpt.models import PollSchedule
+from prefect_nanogpt.models import PollSchedule, TTSRequest
 from prefect_nanogpt.sandbox import Accept, Cut, Sandbox
+from prefect_nanogpt.storage import file_stem
 from prefect_nanogpt.tables import read_rows
 from tests.conftest import API_KEY, files_in
 
@@ -119,7 +123,13 @@ class TestTables:
             ("id,text\na,こんにちは\n".encode("shift-jis"), ("not UTF-8", "line 2")),
             (b"PK\x03\x04 and what else there is in a workbook", ("workbook", "CSV UTF-8")),
             (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1 and what else there is in an older one", ("workbook",)),
-            (gzip.compress(b"id,text\na,Hello.\n"), ("archive",)),
+            (gzip.compress(b"id,text\na,Hello.\n", mtime=0), ("archive",)),
+            (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", ("a PDF",)),
+            (b"{\\rtf1\\ansi id,text}", ("an RTF document",)),
+            (b"\n<!DOCTYPE html>\n<html>\n", ("a web page or XML",)),
+            (codecs.BOM_UTF8 + b"<?xml version='1.0'?>\n<Workbook>\n", ("a web page or XML",)),
+            ("id,text\na,Hello.\nb,こんにちは\n".encode("iso-2022-jp"), ("0x1B in line 3", "ISO-2022-JP")),
+            (b"id,text\na,Bell\x07.\n", ("0x07 in line 2",)),
         ],
     )
     def test_another_encoding_is_named_as_far_as_it_can_be_told(
@@ -204,7 +214,6 @@ class TestTables:
         [
             ("hello,Good morning.\n", ": 'hello', 'Good morning.'"),
             ("id;txt\nhello;Good morning.\n", ": 'id', 'txt'"),
-            ("<!DOCTYPE html>\n<html>\n", ": '<!DOCTYPE html>'"),
             ("", ""),
         ],
     )
@@ -214,6 +223,39 @@ class TestTables:
         message = refuse(table)
         assert "line 1: the columns id and text are needed, named in the first line" in message
         assert found in message
+
+    @pytest.mark.parametrize("remark", ["# A remark, with a comma", '# with one " mark', '"# quoted, too"', "#;;", "#"])
+    def test_remarks_before_the_header_are_passed_over(self, remark: str, read: Read, refuse: Refuse) -> None:
+        table = f"{remark}\n\n# and another; of them\nid;text\na;Hello, you.\n#2;Not a remark.\n"
+        assert texts(read(table)) == {"a": "Hello, you.", "#2": "Not a remark."}
+        assert "line 7: the id 'a' is that of line 5 too" in refuse(f"{table}a;Again.\n")
+
+    def test_a_column_may_be_called_by_the_mark_of_remarks(self, read: Read) -> None:
+        assert texts(read("#,id,text\n1,a,Hello.\n")) == {"a": "Hello."}
+
+    def test_tables_that_were_put_together_are_one(self, read: Read) -> None:
+        table = "\ufeffid,text,voice\na,Hello.,Rachel\n\ufeffID, Text,voice\nb,Bye.,\n\ufeff\ufeffc,Once more.\n"
+        assert texts(read(table)) == {"a": "Hello.", "b": "Bye.", "c": "Once more."}
+        lines = '{"id": "a", "text": "Hello."}\n\ufeff{"id": "b", "text": "Bye."}\n'
+        assert texts(read(f"\ufeff\ufeff{lines}", "lines.jsonl")) == {"a": "Hello.", "b": "Bye."}
+
+    def test_a_text_that_is_written_as_a_formula_is_that_text(self, read: Read) -> None:
+        table = 'id,text\n"=""0012""","=""He said """"no"""".""" \n0013,= is a sign\n'
+        assert texts(read(table)) == {"0012": 'He said "no".', "0013": "= is a sign"}
+
+    @pytest.mark.parametrize(
+        "formula",
+        [
+            *("=CONCAT(A1;B1)", "=A2&B2", "=$B$7", "=Sheet1!A2", "='My sheet'!A2", "=VERKETTEN(A1)", "=СЦЕПИТЬ(A1)"),
+            *("=1+1", '=""Hello ""&A2', '= _xlfn.TEXTJOIN("" "",1,A1:A9)'),
+        ],
+    )
+    def test_a_formula_is_nothing_to_say(self, formula: str, read: Read, refuse: Refuse) -> None:
+        message = refuse(f'id,text\na,Hello.\nb,"{formula}"\n')
+        assert re.search(r"line 3: text: ['\"]=", message)
+        assert "is a formula, and nothing to say: save the sheet with its values" in message
+        assert texts(read(f'id,text,#source\na,Hello.,"{formula}"\n')) == {"a": "Hello."}
+        assert texts(read([{"id": "a", "text": "=A2&B2"}])) == {"a": "=A2&B2"}
 
     def test_a_hundred_thousand_lines(self, read: Read, refuse: Refuse) -> None:
         rows = [f'line-{number},"Line {number}, and ""more""."' for number in range(100_000)]
@@ -378,6 +420,36 @@ class TestOptions:
         said = line.request.body()
         assert [said[name] for name in ("speed", "seed", "mood", "pitch")] == [3, 3, "gay", 1]
 
+    def test_decimal_commas(self, read: Read, refuse: Refuse) -> None:
+        table = "id;text;speed;Stability;option.style\na;1,5;1,25; 0,5 ;0,75\n"
+        [line] = read(table)
+        assert (line.request.text, line.request.speed, line.request.stability, line.request.style) == (
+            "1,5",
+            1.25,
+            0.5,
+            0.75,
+        )
+        message = refuse("id;text;option.pitch\na;Hello.;-1,5\n")
+        assert "line 2: option.pitch: '-1,5' is no number: write -1.5, or for this as a text \"-1,5\"" in message
+        [line] = read('id;text;option.pitch\na;Hello.;"""-1,5"""\n')
+        assert line.request.body()["pitch"] == "-1,5"
+
+    @pytest.mark.parametrize(
+        "twice",
+        [
+            {"option.mood": "calm", "option.Mood": "loud"},
+            {"option.mood": "calm", "options.mood ": "loud"},
+            {"speed": 1, "option.Speed": 2},
+            {"options": {"mood": "calm", "Mood": "loud"}},
+            {"options": {"mood": "calm"}, "option.MOOD": "loud"},
+        ],
+        ids=str,
+    )
+    def test_an_option_is_given_once_in_whatever_spelling(self, twice: dict[str, Any], refuse: Refuse) -> None:
+        message = refuse([{"id": "a", "text": "Hello.", **twice}])
+        assert "line 1: " in message
+        assert "are the same" in message or "is there twice" in message
+
     def test_options_as_json_in_a_table(self, read: Read) -> None:
         [line] = read(
             'id;text;options\na;Hello.;{"Response-Format": "wav", "seed": 7, "language": null}\n', language="en"
@@ -420,6 +492,59 @@ class TestOptions:
         state = await text_to_speech("Hello.", options={"mood": value}, **one, return_state=True)
         assert (state.name, said in str(state.message)) == ("INVALID_REQUEST", True)
         assert sandbox.requests() == []
+
+
+class TestOptionsOfFlows:
+    """What holds for the options of lines holds for those of flows and of a request itself."""
+
+    @pytest.mark.parametrize(
+        ("options", "says"),
+        [
+            ({"speed": 1, "Speed": 2}, "'speed' is there twice, as 'speed' and as 'Speed'"),
+            ({"mood": "calm", " Mood": "loud"}, "is there twice"),
+            ({"Model": "tts-1"}, "model is no option but a field of its own"),
+            ({"voice": "Adam"}, "voice is no option but a field of its own"),
+            ({"take": 2}, "take is no option but a field of its own"),
+        ],
+    )
+    async def test_they_are_refused_where_they_would_be_paid_for_and_ignored(
+        self, options: dict[str, Any], says: str, batch: dict[str, Any], sandbox: Sandbox
+    ) -> None:
+        one = {name: batch[name] for name in ("credentials", "save_to", "poll")}
+        state = await text_to_speech("Hello.", options=options, **one, return_state=True)
+        assert (state.name, says in str(state.message)) == ("INVALID_REQUEST", True)
+        state = await text_to_speech_batch([{"id": "a", "text": "Hello."}], options=options, **batch, return_state=True)
+        assert (state.name, says in str(state.message)) == ("INVALID_REQUEST", True)
+        assert sandbox.requests() == []
+
+    async def test_what_is_given_by_itself_is_not_given_among_the_options_too(
+        self, batch: dict[str, Any], sandbox: Sandbox
+    ) -> None:
+        one = {name: batch[name] for name in ("credentials", "save_to", "poll")}
+        state = await text_to_speech("Hello.", speed=1.5, options={"Speed": 2}, **one, return_state=True)
+        assert state.name == "INVALID_REQUEST"
+        assert "'speed' is there twice, by itself and among the options" in str(state.message)
+        assert sandbox.requests() == []
+
+    async def test_another_spelling_is_the_same_job(self, batch: dict[str, Any], sandbox: Sandbox) -> None:
+        one = {name: batch[name] for name in ("credentials", "save_to", "poll")}
+        for options in ({"similarity_boost": 0.5}, {"Similarity-Boost": 0.5}, {"similarityBoost": "0,5"}):
+            await text_to_speech("Hello.", options=options, **one)
+        assert len(sandbox.ledger.charges) == 1
+        [sent] = sandbox.requests("submit")
+        assert sent.json["similarity_boost"] == 0.5
+
+    def test_a_request_knows_its_fields(self) -> None:
+        request = TTSRequest.model_validate(
+            {"Text": "Hello.", "Response Format": "wav", "speed": "1,5", "Mood": "calm"}
+        )
+        assert request.body() == {
+            "text": "Hello.",
+            "model": request.model,
+            "response_format": "wav",
+            "speed": 1.5,
+            "Mood": "calm",
+        }
 
 
 class NAType:
@@ -488,6 +613,11 @@ class TestValues:
     def test_an_id_is_a_text_or_a_number(self, given: Any, line_id: str, read: Read) -> None:
         assert [line.id for line in read([{"id": given, "text": "Hello."}])] == [line_id]
 
+    @pytest.mark.parametrize("given", [float("inf"), float("-inf"), numpy.float64("inf")], ids=repr)
+    def test_an_id_is_not_infinite(self, given: Any, refuse: Refuse) -> None:
+        assert "inf is no number" in refuse([{"id": given, "text": "Hello."}])
+        assert "inf is no number" in refuse('{"id": Infinity, "text": "Hello."}', "lines.jsonl")
+
     @pytest.mark.parametrize("given", [True, False, numpy.bool_(False), [1], {"id": 1}, b"a"], ids=repr)
     def test_anything_else_is_no_id(self, given: Any, refuse: Refuse) -> None:
         assert "is neither a text nor a number" in refuse([{"id": given, "text": "Hello."}])
@@ -508,6 +638,29 @@ class TestValues:
         plain = {"id": 0, "text": "Hello.", "speed": 1.5, "take": 2, "option.seed": 7, "options": {"loud": True}}
         [[line], [same]] = [read([fields]) for fields in (given, plain)]
         assert (line.id, line.take, line.request.content()) == (same.id, same.take, same.request.content())
+
+    def test_a_member_of_an_enumeration_is_its_value(self, read: Read) -> None:
+        class Voice(Enum):
+            ADAM = "Adam"
+
+        class Mood(StrEnum):
+            CALM = "calm"
+
+        given = {
+            "id": "a",
+            "text": "Hello.",
+            "voice": Voice.ADAM,
+            "option.mood": Mood.CALM,
+            "options": {"m": Mood.CALM},
+        }
+        [line] = read([given])
+        assert line.request.content() == TTSRequest(text="Hello.", **DEFAULTS, m="calm", mood="calm").content()
+
+    @pytest.mark.parametrize(
+        "text", ["\u200b", "\ufeff \u2060", "\u00a0\u3000\t", "\u200e\u200d", "\u2028\x85"], ids=ascii
+    )
+    def test_a_text_that_nobody_sees_is_empty(self, text: str, refuse: Refuse) -> None:
+        assert "line 1: text: the text is empty" in refuse([{"id": "a", "text": text}])
 
     @pytest.mark.parametrize("take", ["two", 0, -1, 1.5, "1.5", True, "inf", "nan", [2]])
     def test_a_take_is_a_whole_number(self, take: object, refuse: Refuse) -> None:
@@ -539,6 +692,34 @@ class TestJSON:
 
     def test_a_single_object_over_several_lines_is_one_line(self, read: Read) -> None:
         assert texts(read('\n{\n  "id": "a",\n  "text": "Hi."\n}\n', "lines.json")) == {"a": "Hi."}
+
+    @pytest.mark.parametrize("indent", [None, 0, 2, "\t"])
+    @pytest.mark.parametrize("between", ["\n", "\r\n\r\n", " "])
+    def test_objects_one_behind_the_other_over_as_many_lines_as_they_like(
+        self, indent: int | str | None, between: str, read: Read, refuse: Refuse
+    ) -> None:
+        items = [{"id": number, "text": f"{{{number}}}", "options": {"list": [{"a": 1}]}} for number in range(3)]
+        content = between.join(json.dumps(item, indent=indent) for item in items)
+        assert texts(read(content, "lines.json")) == {"0": "{0}", "1": "{1}", "2": "{2}"}
+        line = len(f"{content}{between}|".splitlines())
+        said = f"line {line}: the id 2 is that of line "
+        assert said.replace("id 2", "id '2'") in refuse(f"{content}{between}{json.dumps(items[2])}", "lines.json")
+
+    def test_each_object_that_is_no_json_is_told_where_it_is(self, refuse: Refuse) -> None:
+        good = json.dumps({"id": "a", "text": "Hi."}, indent=1)
+        content = (
+            f'{{"id": "x", "text": "cut\n{good}\nno json\nnor this\n{{\n "id": y\n}}\n{{"id": "z",\n{{"id": "b"}}\n'
+        )
+        message = refuse(content, "lines.json")
+        told = dict(part.removeprefix("INVALID_LINES: ").split(": ", 1) for part in message.split("; "))
+        assert list(told) == ["line 1", "line 6", "line 7", "line 9", "line 11", "line 12"]
+        assert told["line 12"].startswith("text: the text is empty")
+
+    def test_a_large_file_that_is_no_json_is_given_up_soon(self, tmp_path: Path) -> None:
+        file = tmp_path / "lines.jsonl"
+        file.write_text('{"id": "a", "text": "Hi."\n' * 200_000)
+        faults = list(read_rows(str(file)))
+        assert (len(faults), faults[-1].line) == (100, 100)
 
     @pytest.mark.parametrize(
         ("content", "said"),
@@ -608,14 +789,18 @@ class TestIds:
                 "end.",
                 "x y",
             ),
+            *("می\u200cخورم", "👨\u200d👩\u200d👧", "a\u00a0b", "a\u202fb", "日\u3000本", "a\u00adb"),
             *("C:", "a:b", "*", "日本", "-rf", "a" * 101, "x" * 1_000, '"quoted"', "a.b"),
         ],
     )
     def test_an_id_that_is_no_file_name_gets_one_and_stays_as_it_is(self, line_id: str, read: Read) -> None:
         [line] = read([{"id": line_id, "text": "Hello."}])
         assert line.id == line_id
+        assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}", file_stem(line_id))
 
-    @pytest.mark.parametrize("line_id", ["a\x00b", "a\nb", "a\x1b[31mb", "\ud83d", "a\u202eb"], ids=ascii)
+    @pytest.mark.parametrize(
+        "line_id", ["a\x00b", "a\nb", "a\x1b[31mb", "\ud83d", "a\u202eb", "a\u2028b", "a\x85b"], ids=ascii
+    )
     def test_control_characters_are_refused(self, line_id: str, refuse: Refuse) -> None:
         assert "has a character in it that cannot be printed" in refuse([{"id": line_id, "text": "Hello."}])
 
@@ -643,7 +828,14 @@ class TestWhatIsGiven:
             "1": "Hello.",
         }
 
-    @pytest.mark.parametrize("content", ["id,text\na,Hello.", '[{"id": "a"}]', '{"id": "a", "text": "Hello."}'])
+    def test_a_single_line_in_the_place_of_a_list_is_told(self) -> None:
+        with pytest.raises(NanoGPTError, match=r"INVALID_LINES: this is one mapping, and a list of them is needed"):
+            read_lines({"id": "a", "text": "Hello."}, {})  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(
+        "content",
+        ["id,text\na,Hello.", '[{"id": "a"}]', ' [ {"id": "a"} ]', "[\t[1]]", '{"id": "a", "text": "Hello."}'],
+    )
     def test_a_table_in_the_place_of_its_path_is_told(self, content: str) -> None:
         with pytest.raises(NanoGPTError, match="INVALID_LINES: this is what is in a table, not the path of one"):
             read_lines(content, {})

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import codecs
 import io
-import json
 import logging
 import os
 import shlex
@@ -57,10 +56,11 @@ from prefect_nanogpt.flows.forms import LONGEST_TIMEOUT_SECONDS
 from prefect_nanogpt.job import RESUBMIT, Resubmit
 from prefect_nanogpt.lines import COMPLETED, read_lines
 from prefect_nanogpt.lines import FILE_NAME as MANIFEST
-from prefect_nanogpt.models import DEFAULT_MODEL, AudioFile, Ticket, TTSRequest
+from prefect_nanogpt.models import DEFAULT_MODEL, AudioFile, Ticket, options_of, request_with
 from prefect_nanogpt.sandbox import Sandbox
 from prefect_nanogpt.sandbox import serve as serve_sandbox
 from prefect_nanogpt.storage import Destination, absolute
+from prefect_nanogpt.tables import option_value
 
 __all__ = ["main"]
 
@@ -151,8 +151,10 @@ def say(
     """
     said = _text_of(text, file)
     parameters = job.parameters | {"speed": speed, "response_format": response_format}
-    request = {name: parameters[name] for name in ("model", "voice", "speed", "response_format")}
-    TTSRequest.model_validate({**parameters["options"], **request, "text": said})
+    named = {name: parameters[name] for name in ("model", "voice", "speed", "response_format")}
+    given = {name: value for name, value in named.items() if value is not None}
+    with _usage():
+        request_with(parameters["options"], {**given, "text": said})
 
     async def run(credentials: NanoGPTCredentials) -> str:
         audio: AudioFile = await text_to_speech(said, name=name, credentials=credentials, **parameters)
@@ -161,16 +163,28 @@ def say(
     return _run(run, job.save_to)
 
 
+@contextmanager
+def _usage() -> Iterator[None]:
+    """Make a fault in what was given one of the command line's."""
+    try:
+        yield
+    except ValidationError:
+        raise
+    except ValueError as error:
+        raise UsageError(f"--option: {error}.") from None
+
+
 def _options(pairs: Sequence[str]) -> dict[str, Any]:
-    options = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not key or not equals:
-            raise UsageError(f"--option {pair} is not key=value.")
-        try:
-            options[key] = json.loads(value)
-        except ValueError:
-            options[key] = value
+    options: dict[str, Any] = {}
+    with _usage():
+        for pair in pairs:
+            key, equals, value = pair.partition("=")
+            if not key or not equals:
+                raise UsageError(f"--option {pair} is not key=value.")
+            if key in options:
+                raise ValueError(f"{key!r} is there twice")
+            options[key] = option_value(value)
+        options = options_of(options)
     return options
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from decimal import Decimal
 from difflib import get_close_matches
 from functools import lru_cache
+from math import isfinite
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
@@ -17,9 +20,19 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from prefect_nanogpt.errors import NanoGPTError
 from prefect_nanogpt.events import run_logger
-from prefect_nanogpt.models import Ticket, TTSRequest, problems_in, python_value
+from prefect_nanogpt.models import (
+    OF_THE_LINE,
+    Ticket,
+    TTSRequest,
+    check_option,
+    field_of,
+    options_of,
+    plain_name,
+    problems_in,
+    python_value,
+)
 from prefect_nanogpt.storage import Destination, file_stem
-from prefect_nanogpt.tables import NO_OBJECT, Fault, Row, plain_name, read_json, read_rows
+from prefect_nanogpt.tables import NO_OBJECT, REMARK, Fault, Row, option_value, read_json, read_rows
 
 __all__ = ["FILE_NAME", "Line", "Manifest", "ManifestRow", "costs_once", "read_lines", "shards_of", "usable"]
 
@@ -30,8 +43,13 @@ REWRITE_SECONDS: Final = 30.0
 LONGEST_ID: Final = 1_000
 ID_SHOWN: Final = 100
 NAME_SHOWN: Final = 40
+NOT_IN_IDS: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
+"""Unicode's categories of control characters, halves of characters, and ends of lines."""
+TURNING: Final = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""What turns the direction of writing, with which a name can be made to read as another."""
 OPTION: Final = "option."
-REMARK: Final = "#"
+JSON_BEGINS: Final = re.compile(r"\s*(\{|\[\s*[\[{])")
+LINE_ENDS: Final = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
 NEAR: Final = 0.75
 """How much of a name has to be as in a known one to ask whether that was meant: `voise` and `langauge` are."""
 MISSING: Final = frozenset({"NaN", "<NA>"})
@@ -39,8 +57,7 @@ MISSING: Final = frozenset({"NaN", "<NA>"})
 SPREADSHEET_ERRORS: Final = frozenset(
     {"#NAME?", "#REF!", "#VALUE!", "#DIV/0!", "#N/A", "#NULL!", "#NUM!", "#ERROR!", "#SPILL!"}
 )
-OF_THE_LINE: Final = ("id", "text", "model", "voice", "take", "options")
-_KNOWN: Final = {plain_name(name): name for name in (*OF_THE_LINE, *TTSRequest.model_fields)}
+KNOWN: Final = frozenset({*OF_THE_LINE, *TTSRequest.model_fields})
 
 
 class Line(NamedTuple):
@@ -56,7 +73,7 @@ class ManifestRow(BaseModel):
 
     Attributes:
         id: The line. Its file has this name, or, where no file can, one that is made of it: `location` tells.
-        text: What was to be said.
+        text: What was to be said; empty in rows of versions that did not keep it.
         outcome: `completed`, or the code of why there is no audio.
         detail: The reason, where there is no audio.
         location: Where the audio is.
@@ -74,7 +91,7 @@ class ManifestRow(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     id: str
-    text: str
+    text: str = ""
     outcome: str
     detail: str | None = None
     location: str | None = None
@@ -134,13 +151,15 @@ def usable(lines: Any) -> Any:
     """Give lines as they can be read: a path as a string, anything else as it is.
 
     Raises:
-        ValueError: It is a data frame, or the content of a table instead of its path.
+        ValueError: It is a data frame, a single line, or the content of a table instead of its path.
     """
     if hasattr(lines, "to_dict"):
         raise ValueError('a data frame is given row by row, as lines=frame.to_dict("records")')
+    if isinstance(lines, Mapping):
+        raise ValueError('this is one mapping, and a list of them is needed, as lines=[{"id": …, "text": …}, …]')
     if isinstance(lines, os.PathLike):
         return os.fspath(lines)
-    if isinstance(lines, str) and (len(lines.splitlines()) > 1 or lines.lstrip().startswith(("{", "[{"))):
+    if isinstance(lines, str) and (len(lines.splitlines()) > 1 or JSON_BEGINS.match(lines)):
         raise ValueError("this is what is in a table, not the path of one: save it as a file, or give a list of lines")
     return lines
 
@@ -201,14 +220,14 @@ class _Reading:
             self.lines.append(Line(line_id, request, take))
 
     @contextmanager
-    def _noting(self, line: int) -> Iterator[None]:
+    def _noting(self, line: int, where: str = "") -> Iterator[None]:
         try:
             yield
         except ValidationError as invalid:
             for problem in problems_in(invalid):
                 self.note(problem, line)
         except ValueError as error:
-            self.note(str(error), line)
+            self.note(f"{where}{error}", line)
 
     def _given(self, row: Row) -> dict[str, Any]:
         """Give the values of a row by what their names mean; those that are missing are left out."""
@@ -219,12 +238,14 @@ class _Reading:
             meaning, problem = _meaning(name)
             if problem:
                 self.note(f"{kind} {problem}", row.names_line, key=problem)
-            elif meaning in names:
-                twice = f"the {kind}s {names[meaning]!r} and {name!r} are the same"
+            elif (plain := plain_name(meaning)) in names:
+                twice = f"the {kind}s {names[plain]!r} and {name!r} are the same"
                 self.note(twice, row.names_line, key=(row.names_line, twice))
             elif meaning:
-                names[meaning] = name
-                value = _value(meaning, python_value(value))
+                names[plain] = name
+                value = python_value(value)
+                with self._noting(row.line, f"{name}: "):
+                    value = _value(meaning, value)
                 if isinstance(value, str) and value in SPREADSHEET_ERRORS:
                     self.note(f"{name}: {value!r} is an error of the spreadsheet, and nothing to say", row.line)
                 elif not _is_missing(value, meaning):
@@ -234,6 +255,8 @@ class _Reading:
     def _id(self, value: object, line: int) -> str:
         if isinstance(value, bool) or not isinstance(value, str | int | float | UUID):
             raise ValueError(f"the id {repr(value)[:ID_SHOWN]} is neither a text nor a number")
+        if isinstance(value, float) and not isfinite(value):
+            raise ValueError(f"the id {value} is no number")
         if isinstance(value, float) and value.is_integer():  # pandas makes floats of whole numbers where one is missing
             value = int(value)
         line_id = str(value).strip()
@@ -242,7 +265,7 @@ class _Reading:
         shown = repr(line_id[:ID_SHOWN])
         if len(line_id) > LONGEST_ID:
             raise ValueError(f"the id that begins with {shown} is longer than {LONGEST_ID} characters")
-        if not line_id.isprintable():
+        if any(unicodedata.category(character) in NOT_IN_IDS or character in TURNING for character in line_id):
             raise ValueError(f"the id {shown} has a character in it that cannot be printed")
         # There are file systems that do not tell upper from lower case.
         stem = file_stem(line_id).casefold()
@@ -263,27 +286,23 @@ def _meaning(name: str) -> tuple[str, str]:
     """Tell what a name means, and what is wrong with it. A remark means nothing, and nothing is wrong with it."""
     if name.lstrip().startswith(REMARK):
         return "", ""
-    if known := _KNOWN.get(plain_name(name)):
+    if (known := field_of(name)) in KNOWN:
         return known, ""
     shown = name.strip()[:NAME_SHOWN]
     prefix, _, option = name.partition(".")
     if option.strip() and plain_name(prefix) in ("option", "options"):
-        meaning, problem = _option(option)
-        return (meaning if meaning in _KNOWN.values() else OPTION + meaning), problem and f"{shown!r}: {problem}"
-    near = get_close_matches(plain_name(name), _KNOWN, 1, NEAR)
-    perhaps = f" (did you mean {_KNOWN[near[0]]!r}?)" if near else ""
+        meaning = field_of(option)
+        try:
+            check_option(meaning)
+        except ValueError as error:
+            return "", f"{shown!r}: {error}"
+        return (meaning if meaning in KNOWN else OPTION + meaning), ""
+    near = get_close_matches(plain_name(name), map(plain_name, KNOWN), 1, NEAR)
+    perhaps = f" (did you mean {field_of(near[0])!r}?)" if near else ""
     return "", (
         f"{shown!r} is unknown{perhaps}: name it {OPTION + shown!r} to send it to the model as an option, "
         f"{REMARK + shown!r} to pass it over, or remove it"
     )
-
-
-def _option(name: str) -> tuple[str, str]:
-    """Tell which option a name means, and what is wrong with it."""
-    known = _KNOWN.get(plain_name(name))
-    if known in OF_THE_LINE:
-        return "", f"{known} is no option but a field of its own, {known!r}"
-    return known or name.strip(), ""
 
 
 def _options(given: object) -> dict[str, Any]:
@@ -294,23 +313,21 @@ def _options(given: object) -> dict[str, Any]:
             raise ValueError(f"options must be a JSON object ({error})") from None
     if not isinstance(given, Mapping):
         raise ValueError("options must be a JSON object")
-    options: dict[str, Any] = {}
-    for name, value in given.items():
-        meaning, problem = _option(str(name))
-        if problem or meaning in options:
-            raise ValueError(f"options: {problem or f'{meaning!r} is there twice'}")
-        options[meaning] = value
-    return options
+    try:
+        return options_of(given)
+    except ValueError as error:
+        raise ValueError(f"options: {error}") from None
 
 
 def _value(meaning: str, value: Any) -> Any:
-    """Give a value as its name asks: a name is trimmed, and an option that is JSON is read as JSON."""
+    """Give a value as its name asks: a name is trimmed, and an option that is JSON is read as JSON.
+
+    Raises:
+        ValueError: As `option_value` does.
+    """
     if isinstance(value, str) and meaning in ("model", "voice"):
         return value.strip()
-    if isinstance(value, str) and meaning.startswith(OPTION):
-        with suppress(ValueError):
-            return read_json(value)
-    return value
+    return option_value(value) if isinstance(value, str) and meaning.startswith(OPTION) else value
 
 
 def _whole(take: object) -> int:
@@ -399,4 +416,5 @@ def shards_of(lines: Iterable[Line], shards: int) -> list[int]:
 
 
 def _as_json(row: ManifestRow) -> str:
-    return json.dumps(row.model_dump(mode="json", exclude_none=True), ensure_ascii=False) + "\n"
+    # Python's splitlines, JavaScript and editors end lines also where JSON does not.
+    return json.dumps(row.model_dump(mode="json", exclude_none=True), ensure_ascii=False).translate(LINE_ENDS) + "\n"

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Mapping
 from decimal import Decimal
+from enum import Enum
+from functools import lru_cache
 from typing import Any, Final, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -30,12 +33,18 @@ __all__ = [
     "TTSRequest",
     "TTSStatus",
     "Ticket",
+    "check_option",
+    "field_of",
+    "has_decimal_comma",
+    "options_of",
     "parse_speech_model",
     "parse_status",
     "parse_submission",
     "plain",
+    "plain_name",
     "problems_in",
     "python_value",
+    "request_with",
 ]
 
 DEFAULT_MODEL: Final = "Elevenlabs-Turbo-V2.5"
@@ -45,6 +54,8 @@ _FAILURE_WORDS: Final = frozenset({"error", "failed", "cancelled", "canceled", "
 LONGEST_MESSAGE: Final = 2_000
 """How much of the provider's words is kept, in characters: they become state messages."""
 _PATH_STEP: Final = re.compile(r"(^|[\\/])\.\.?([\\/]|$)")
+_INVISIBLE: Final = frozenset({"Cc", "Cf", "Zl", "Zp", "Zs"})
+"""Unicode's categories of what has no shape of its own: spaces, line ends, marks such as U+200B and U+FEFF."""
 
 
 class Ticket(BaseModel):
@@ -118,7 +129,8 @@ class Ticket(BaseModel):
 class TTSRequest(BaseModel):
     """What to say, and how. Options that are not listed here are passed on to the model as they are.
 
-    The ranges are the provider's documented ones; each model reads only some of the options.
+    An option that is listed is recognized in any case, and with spaces, `-` or nothing in the place of `_`. The ranges
+    are the provider's documented ones; each model reads only some of the options.
 
     Example:
         >>> TTSRequest(text="Hello!", voice="Rachel", emotion="calm").body()["emotion"]
@@ -143,15 +155,18 @@ class TTSRequest(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_numpy(cls, fields: object) -> object:
-        if isinstance(fields, Mapping):
-            return {name: python_value(value) for name, value in fields.items()}
-        return fields
+    def _by_their_names(cls, fields: object) -> object:
+        return _named(fields) if isinstance(fields, Mapping) else fields
+
+    @field_validator("speed", "stability", "similarity_boost", "style", mode="before")
+    @classmethod
+    def _without_decimal_comma(cls, value: object) -> object:
+        return value.replace(",", ".") if isinstance(value, str) and has_decimal_comma(value) else value
 
     @field_validator("text")
     @classmethod
     def _says_something(cls, text: str) -> str:
-        if not text.strip():
+        if all(unicodedata.category(character) in _INVISIBLE for character in text):
             raise ValueError("the text is empty: there is nothing to say")
         return text
 
@@ -182,6 +197,86 @@ class TTSRequest(BaseModel):
     def content(self) -> bytes:
         """Give the body as it is sent."""
         return _as_json(self.body())
+
+
+OF_THE_LINE: Final = ("id", "text", "model", "voice", "take", "options")
+"""What a line of a batch has beside options."""
+
+
+@lru_cache(maxsize=4096)
+def plain_name(name: str) -> str:
+    """Reduce a name to what tells it from others, which case, spaces, `-` and `_` do not.
+
+    Example:
+        >>> plain_name(" Response-Format")
+        'responseformat'
+    """
+    return re.sub(r"[\s_\-\u200b\ufeff]+", "", name).casefold()
+
+
+@lru_cache(maxsize=4096)
+def field_of(name: str) -> str:
+    """Give the field of a line or a request that a name means, or the name of an option that is not listed.
+
+    Example:
+        >>> field_of("Response-Format"), field_of(" emotion")
+        ('response_format', 'emotion')
+    """
+    return _FIELDS.get(plain_name(name)) or name.strip()
+
+
+_FIELDS: Final = {plain_name(name): name for name in (*OF_THE_LINE, *TTSRequest.model_fields)}
+
+
+def check_option(name: str) -> None:
+    """Refuse a name of an option that a line or a flow has a place of its own for.
+
+    Raises:
+        ValueError: It is such a name.
+    """
+    if name in OF_THE_LINE:
+        raise ValueError(f"{name} is no option but a field of its own, {name!r}")
+
+
+def options_of(given: Mapping[str, object]) -> dict[str, Any]:
+    """Check options of a model that somebody wrote, and give them by their names.
+
+    Raises:
+        ValueError: An option is there twice, or as `check_option` does.
+    """
+    options = _named(given)
+    for name in options:
+        check_option(name)
+    return options
+
+
+def request_with(options: Mapping[str, Any] | None, fields: Mapping[str, Any]) -> TTSRequest:
+    """Make a request of fields that were given by themselves and further options.
+
+    Raises:
+        ValueError: Something is wrong with one of them, or an option is one of the fields.
+    """
+    further = options_of(options or {})
+    if twice := sorted(further.keys() & fields.keys()):
+        raise ValueError(f"{twice[0]!r} is there twice, by itself and among the options")
+    return TTSRequest.model_validate({**further, **fields})
+
+
+def has_decimal_comma(value: str) -> bool:
+    """Whether a value is a number as half of Europe writes it."""
+    return bool(re.fullmatch(r"\s*[+-]?\d+,\d+\s*", value))
+
+
+def _named(fields: Mapping[Any, object]) -> dict[str, Any]:
+    named: dict[str, Any] = {}
+    spelt: dict[str, object] = {}
+    for given, value in fields.items():
+        name = field_of(str(given))
+        if (plain := plain_name(name)) in spelt:
+            raise ValueError(f"{name!r} is there twice, as {spelt[plain]!r} and as {given!r}")
+        spelt[plain] = given
+        named[name] = python_value(value)
+    return named
 
 
 def _as_json(body: Mapping[str, Any]) -> bytes:
@@ -449,7 +544,12 @@ def problems_in(invalid: ValidationError) -> list[str]:
 
 
 def python_value(value: Any) -> Any:
-    """Give the Python value of a NumPy scalar, such as those in the rows of a data frame; anything else as it is."""
+    """Give the value of a member of an enumeration, or of a NumPy scalar, which the rows of a data frame hold.
+
+    Anything else is given as it is.
+    """
+    if isinstance(value, Enum):
+        value = value.value
     return value.item() if hasattr(value, "dtype") and getattr(value, "ndim", None) == 0 else value
 
 

@@ -10,16 +10,15 @@ import codecs
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from functools import lru_cache
 from itertools import zip_longest
 from typing import Any, Final, NamedTuple
 
 import fsspec
 
 from prefect_nanogpt.errors import NanoGPTError, hide, passwords_in, without_password
+from prefect_nanogpt.models import has_decimal_comma, plain_name
 
-__all__ = ["NO_OBJECT", "Fault", "Row", "plain_name", "read_json", "read_rows"]
+__all__ = ["NO_OBJECT", "Fault", "Row", "option_value", "read_json", "read_rows"]
 
 NEEDED: Final = frozenset({"id", "text"})
 COLUMNS_NEEDED: Final = "the columns id and text are needed, named in the first line"
@@ -27,6 +26,8 @@ NO_OBJECT: Final = "not an object with an id and a text"
 SEPARATORS: Final = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 TOO_DEEP: Final = "it is nested too deeply"
 SHOWN: Final = 40
+REMARK: Final = "#"
+"""What the names of columns begin with that are passed over."""
 COLUMNS_SHOWN: Final = 10
 SAVE_AS_UTF8: Final = "Save it as UTF-8; in Excel, that is 'CSV UTF-8'"
 _BYTE_ORDER_MARKS: Final = {
@@ -34,14 +35,31 @@ _BYTE_ORDER_MARKS: Final = {
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
-_NO_TEXT: Final = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0", b"\x1f\x8b")
-"""How a ZIP archive begins, which a workbook is, an older workbook, and a file of gzip."""
+_NO_TABLES: Final = {
+    b"PK\x03\x04": "a workbook or an archive",
+    b"\xd0\xcf\x11\xe0": "a workbook",
+    b"\x1f\x8b": "an archive",
+    b"%PDF-": "a PDF",
+    b"{\\rtf": "an RTF document",
+    b"<": "a web page or XML",
+}
+"""What files are that are taken for tables, by their first bytes."""
+_CONTROL: Final = re.compile("[\0-\x08\x0e-\x1f\x7f]")
+_MARKS: Final = re.compile("(?:^|(?<=[\r\n]))\ufeff+")
 _LINE_END: Final = re.compile(r"\r\n?|\n")
 _SPACE: Final = re.compile(r"[ \t\r\n]*")
 _SEPARATOR_LINE: Final = re.compile(r"sep=([^\r\n\"])[ ]*(?:\r\n?|\n)", re.IGNORECASE)
 # Possessive, so that a text whose end is missing is not taken for a shorter one that ends at a doubled mark.
 _QUOTED: Final = re.compile(r' *+"((?:[^"]++|"")*+)(" *+)?')
+_FORMULA: Final = re.compile(
+    r"""=\s*(?:[^\W\d][\w.]*\(|'[^']*'!|(?:[\w.]+!)?\$?[A-Z]{1,3}\$?\d+\b|"(?:[^"]|"")*"\s*&|[-+]?\d[\d.,]*\s*[-+*/^])"""
+)
+"""How formulas begin: with a function in whatever language, a cell, or a text or number that something is done with."""
+_TEXT_FORMULA: Final = re.compile(r'="((?:[^"]|"")*)"')
+_NEXT_OBJECT: Final = re.compile(r"(?:\r\n?|\n)(?=\{)")
 _DECODER: Final = json.JSONDecoder()
+MOST_FAULTS: Final = 100
+"""After so many things that are no JSON nothing more is looked for: each costs a look at all that is before it."""
 
 
 class Row(NamedTuple):
@@ -65,17 +83,6 @@ class Fault(NamedTuple):
     what: str
 
 
-@lru_cache(maxsize=4096)
-def plain_name(name: str) -> str:
-    """Reduce a name to what tells it from others, which case, spaces, `-` and `_` do not.
-
-    Example:
-        >>> plain_name(" Response-Format")
-        'responseformat'
-    """
-    return re.sub(r"[\s_\-\u200b\ufeff]+", "", name).casefold()
-
-
 def read_json(text: str) -> Any:
     """Read JSON in which no object has the same name twice.
 
@@ -86,6 +93,25 @@ def read_json(text: str) -> Any:
         return json.loads(text, object_pairs_hook=_object)
     except RecursionError:
         raise ValueError(TOO_DEEP) from None
+
+
+def option_value(written: str) -> Any:
+    """Read an option of a model that somebody wrote as text: as JSON where it is JSON, as it is where it is not.
+
+    Raises:
+        ValueError: It would be a text, and is meant as a number.
+
+    Example:
+        >>> option_value("true"), option_value("calm")
+        (True, 'calm')
+    """
+    if has_decimal_comma(written):
+        number = written.strip().replace(",", ".")
+        raise ValueError(f"{written!r} is no number: write {number}, or for this as a text {json.dumps(written)}")
+    try:
+        return read_json(written)
+    except ValueError:
+        return written
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -127,10 +153,11 @@ def _decoded(data: bytes) -> str:
     Raises:
         ValueError: It is neither UTF-8 nor UTF-16 with a byte order mark.
     """
-    if data.startswith(_NO_TEXT):
-        raise ValueError("it is a workbook or an archive. Save the sheet as 'CSV UTF-8'")
     mark, encoding = next((item for item in _BYTE_ORDER_MARKS.items() if data.startswith(item[0])), (b"", "utf-8"))
     body = data.removeprefix(mark)
+    for beginning, what in _NO_TABLES.items():
+        if body.lstrip().startswith(beginning):
+            raise ValueError(f"it is {what}, and not a table. Save the sheet as 'CSV UTF-8'")
     if encoding == "utf-8" and b"\0" in body:
         raise ValueError(
             f"it has null bytes in it, the first at {data.index(0)}, as UTF-16 without a byte order mark has. "
@@ -150,7 +177,13 @@ def _decoded(data: bytes) -> str:
         ) from None
     if "\0" in text:  # UTF-32 begins like UTF-16
         raise ValueError(f"it has null characters in it. {SAVE_AS_UTF8}")
-    return text
+    if control := _CONTROL.search(text):
+        line = _lines_in(text, 0, control.start()) + 1
+        raise ValueError(
+            f"it has a control character in it, 0x{ord(control[0]):02X} in line {line}, as text in ISO-2022-JP has. "
+            f"{SAVE_AS_UTF8}"
+        )
+    return _MARKS.sub("", text)  # which are also where files were put together
 
 
 def _lines_in(text: str, start: int, end: int) -> int:
@@ -161,27 +194,26 @@ def _lines_in(text: str, start: int, end: int) -> int:
 
 
 def _table_rows(text: str) -> Iterator[Row | Fault]:
-    line, position, separators = 1, 0, list(SEPARATORS)
-    if first := _SEPARATOR_LINE.match(text):  # as Excel writes it for itself
-        line, position, separators = 2, first.end(), [first[1]]
-    # Only the header can tell which one it is: in the texts stands any of them.
-    separator = max(separators, key=lambda one: _names_in(next(_records(text, position, line, one), None)))
+    line, position, separator = _header(text)
     records = _records(text, position, line, separator)
     header = next(records, Fault(line, COLUMNS_NEEDED))
     if isinstance(header, Fault):
         yield header
         return
     line, names = header[0], [" ".join(name.split()) for name in header[1]]
-    if not {plain_name(name) for name in names} >= NEEDED:
+    plain_names = [plain_name(name) for name in names]
+    if not NEEDED.issubset(plain_names):
         found = ", ".join(repr(name[:SHOWN]) for name in names[:COLUMNS_SHOWN])
         yield Fault(line, f"{COLUMNS_NEEDED}; found: {found}")
         return
-    untitled = {column for column, name in enumerate(names) if not plain_name(name)}
+    untitled = {column for column, name in enumerate(plain_names) if not name}
     for record in records:
         if isinstance(record, Fault):
             yield record
             continue
         at, values = record
+        if [plain_name(value) for value in values] == plain_names:
+            continue  # the header once more, where tables were put together
         filled = {column for column, value in enumerate(values) if value.strip()}
         if max(filled) >= len(names):
             yield Fault(
@@ -198,7 +230,36 @@ def _table_rows(text: str) -> Iterator[Row | Fault]:
             )
         untitled -= filled
         pairs = zip_longest(names, values[: len(names)], fillvalue="")
-        yield Row(at, [(name, value) for name, value in pairs if plain_name(name)], line)
+        fields = [(name, value) for name, value in pairs if plain_name(name) and not name.startswith(REMARK)]
+        if formula := next((field for field in fields if _FORMULA.match(field[1])), None):
+            name, value = formula
+            yield Fault(
+                at, f"{name}: {value[:SHOWN]!r} is a formula, and nothing to say: save the sheet with its values"
+            )
+            continue
+        yield Row(at, [(name, _cell(value)) for name, value in fields], line)
+
+
+def _header(text: str) -> tuple[int, int, str]:
+    """Find the header: its line, where it begins, and what separates its names."""
+    line, position, separators = 1, 0, list(SEPARATORS)
+    if first := _SEPARATOR_LINE.match(text):  # as Excel writes it for itself
+        line, position, separators = 2, first.end(), [first[1]]
+    while True:
+        # Only the header can tell which one it is: in the texts stands any of them.
+        found = {one: _names_in(next(_records(text, position, line, one), None)) for one in separators}
+        separator = max(found, key=lambda one: found[one])
+        end = _LINE_END.search(text, position)
+        # Before it there may be remarks, and a column may be called # too.
+        if found[separator][0] == len(NEEDED) or end is None or not text.startswith(("#", '"#', "\r", "\n"), position):
+            return line, position, separator
+        line, position = line + 1, end.end()
+
+
+def _cell(value: str) -> str:
+    """Give a value, also one that is written as a formula so that spreadsheets leave it as it is, such as `="007"`."""
+    text = _TEXT_FORMULA.fullmatch(value)
+    return text[1].replace('""', '"') if text else value
 
 
 def _names_in(header: tuple[int, list[str]] | Fault | None) -> tuple[int, int]:
@@ -273,17 +334,35 @@ def _json_rows(text: str) -> Iterator[Row | Fault]:
 
 
 def _json_items(text: str) -> Iterator[tuple[int, str] | Fault]:
-    """Cut JSON into its items, each with the number of its line: of an array; or a single one; or one a line."""
+    """Cut JSON into its items, each with the number of its line: of an array, or one behind the other."""
     position = _past_space(text, 0)
     if text.startswith("[", position):
         yield from _array_items(text, position)
         return
-    with suppress(ValueError, RecursionError):
-        _, end = _DECODER.raw_decode(text, position)
-        if _past_space(text, end) == len(text):
-            yield _lines_in(text, 0, position) + 1, text[position:end]
-            return
-    yield from ((number, line) for number, line in enumerate(_LINE_END.split(text), 1) if line.strip())
+    counted, line, faults = 0, 1, 0
+    while position < len(text):
+        line += _lines_in(text, counted, position)
+        counted = position
+        try:
+            _, end = _DECODER.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            end = _end_of_object(text, position)
+            last = position + len(text[position:end].rstrip()) - 1
+            at = min(error.pos, last) if isinstance(error, json.JSONDecodeError) else position
+            yield _not_json(line + _lines_in(text, position, at), error)
+            faults += 1
+            if faults == MOST_FAULTS:
+                return
+        else:
+            yield line, text[position:end]
+        position = _past_space(text, end)
+
+
+def _end_of_object(text: str, position: int) -> int:
+    """Find where an object that is no JSON ends: before the next one that begins a line, else at the end of its own."""
+    pattern = _NEXT_OBJECT if text.startswith("{", position) else _LINE_END
+    end = pattern.search(text, position)
+    return end.start() if end else len(text)
 
 
 def _array_items(text: str, opened: int) -> Iterator[tuple[int, str] | Fault]:

@@ -26,7 +26,7 @@ from prefect_nanogpt.flows.forms import (
     titled,
 )
 from prefect_nanogpt.job import Terms, find, say
-from prefect_nanogpt.ledger import Entry, Job
+from prefect_nanogpt.ledger import Entry, Job, Ledger, Plan
 from prefect_nanogpt.long_text import LEAST_PART, units
 from prefect_nanogpt.models import DEFAULT_MODEL, AudioFile, PollSchedule, TTSRequest, problems_in, request_with
 from prefect_nanogpt.report import Report
@@ -140,9 +140,10 @@ async def text_to_speech(
             said = await find(job, terms, entry)
             if said is None:
                 async with nanogpt_client(credentials) as client:
-                    limit = await _longest_part(job, terms, entry, max_chars, client)
+                    plan = await ledger.run(ledger.plan, job.id)
+                    limit = await _longest_part(job, plan, ledger, entry, max_chars, client)
                     if limit is not None and units(text.strip()) > limit:
-                        said = await say_in_parts(job, terms, limit, client, max_cost, report)
+                        said = await say_in_parts(job, terms, limit, plan, client, max_cost, report)
                     else:
                         said = await say(job, terms, TaskSteps(terms, credentials, report, max_cost))
             run_logger().info("The audio is at %s.", said.audio.location)
@@ -154,7 +155,7 @@ async def text_to_speech(
 
 
 async def _longest_part(
-    job: Job, terms: Terms, entry: Entry, max_chars: int | None, client: NanoGPTClient
+    job: Job, plan: Plan | None, ledger: Ledger, entry: Entry, max_chars: int | None, client: NanoGPTClient
 ) -> int | None:
     """Tell how long the parts of a text may be; None for a text that is to be said whole.
 
@@ -165,17 +166,15 @@ async def _longest_part(
         StorageError: Nobody knows where the text was split.
     """
     assert job.request is not None
-    plan = await terms.ledger.run(terms.ledger.read_note, job.id, 1, "plan")
-    match plan.get("limit"):
-        case int() as limit if max_chars is None or entry.saved:
-            return limit
-        case None if "plan" in entry.states.get(1, ()) and max_chars is None:
-            raise StorageError(
-                f"The note of how this text was split ({job.id}.1.plan.json in {terms.ledger.place}) is damaged, so "
-                "its parts, which may be paid for, cannot be found. Give the length of the parts as `max_chars`."
-            )
-        case None if entry.is_paid or entry.over in ("uncertain", "refused", "lost"):
-            return None
+    if plan is not None and (max_chars is None or entry.saved):
+        return plan.limit
+    if plan is None and "plan" in entry.states.get(1, ()) and max_chars is None:
+        raise StorageError(
+            f"The note of how this text was split ({job.id}.1.plan.json in {ledger.place}) is damaged, so its parts, "
+            "which may be paid for, cannot be found. Give the length of the parts as `max_chars`."
+        )
+    if plan is None and (entry.is_paid or entry.over in ("uncertain", "refused", "lost")):
+        return None
     if max_chars is not None:
         return max_chars
     if units(job.request.text) <= EVERY_MODEL_TAKES:

@@ -4,12 +4,9 @@ import asyncio
 import tempfile
 import time
 from collections.abc import Collection, Sequence
-from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Final
-
-from pydantic import BaseModel, ValidationError
 
 from prefect_nanogpt.budget import COST_LIMIT_EXCEEDED, Budget
 from prefect_nanogpt.client import NanoGPTClient
@@ -17,7 +14,7 @@ from prefect_nanogpt.errors import AudioError, NanoGPTError, require_extra
 from prefect_nanogpt.events import run_logger
 from prefect_nanogpt.job import Said, Terms, save_whole, would_be_submitted
 from prefect_nanogpt.joining import join
-from prefect_nanogpt.ledger import Entry, Job, Ledger
+from prefect_nanogpt.ledger import Entry, Job, Ledger, Plan
 from prefect_nanogpt.long_text import spans
 from prefect_nanogpt.models import AudioFile
 from prefect_nanogpt.report import Report
@@ -30,17 +27,19 @@ PARTS_AT_ONCE: Final = 8
 REPORT_SECONDS: Final = 5.0
 
 
-class Plan(BaseModel):
-    """The note of where a text was split."""
-
-    limit: int
-    spans: list[tuple[int, int]]
-
-
 async def say_in_parts(
-    job: Job, terms: Terms, limit: int, client: NanoGPTClient, max_cost: Decimal | None, report: Report
+    job: Job,
+    terms: Terms,
+    limit: int,
+    plan: Plan | None,
+    client: NanoGPTClient,
+    max_cost: Decimal | None,
+    report: Report,
 ) -> Said:
     """Say a text that is too long for its model: each part a job, joined in order.
+
+    Where an earlier try has split it into parts of at most this many UTF-16 code units, it is split at the same places,
+    or others would be paid for.
 
     A part that fails fails the whole. Those under way are seen to their end, no further one is begun, and the ledger
     has all of them for the next attempt. Their audio stays in the ledger's folder, so that a text of which one sentence
@@ -53,7 +52,10 @@ async def say_in_parts(
     assert job.request is not None
     require_extra("long", "The text is longer than the model takes. To say it in parts")
     ledger = terms.ledger
-    texts = [job.request.text[start:end] for start, end in await _planned_spans(job, limit, ledger)]
+    if plan is None or plan.limit != limit:
+        plan = Plan(limit=limit, spans=await asyncio.to_thread(spans, job.request.text, limit, job.request.language))
+        await ledger.run(ledger.note_plan, job.id, plan)
+    texts = [job.request.text[start:end] for start, end in plan.spans]
     parts = [Job(job.provider, job.request.model_copy(update={"text": text}), job.take, is_part=True) for text in texts]
     unique = {part.id: part for part in parts}
     entries = await ledger.run(ledger.entries)
@@ -107,18 +109,6 @@ async def say_in_parts(
     audio = await _join([done[part.id] for part in parts], job, terms)
     report.paid = None
     return Said(audio)
-
-
-async def _planned_spans(job: Job, limit: int, ledger: Ledger) -> Sequence[tuple[int, int]]:
-    """Tell where the parts are: where an earlier try had them, or it may have paid for others."""
-    assert job.request is not None
-    with suppress(ValidationError):
-        plan = Plan.model_validate(await ledger.run(ledger.read_note, job.id, 1, "plan"))
-        if plan.limit == limit:
-            return plan.spans
-    found = await asyncio.to_thread(spans, job.request.text, limit, job.request.language)
-    await ledger.run(ledger.note_plan, job.id, limit, found)
-    return found
 
 
 async def _join(parts: Sequence[AudioFile], job: Job, terms: Terms) -> AudioFile:

@@ -30,7 +30,7 @@ import secrets
 import socket
 import time
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -39,14 +39,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, ParamSpec, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from prefect_nanogpt.errors import NanoGPTError, StorageError, passwords_in
 from prefect_nanogpt.events import RunReference, run_logger, this_run
 from prefect_nanogpt.models import AudioContent, AudioFile, Completed, Submission, Ticket, TTSRequest
 from prefect_nanogpt.storage import Destination, is_temporary, kept_name
 
-__all__ = ["Entry", "Found", "Job", "Ledger", "Over", "run_in", "saved_as"]
+__all__ = ["Entry", "Found", "Job", "Ledger", "Over", "Plan", "run_in", "saved_as"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -173,6 +173,20 @@ class Entry:
     @property
     def _latest(self) -> set[str]:
         return self.states.get(self.last, set())
+
+
+class Plan(BaseModel):
+    """Where a text is split.
+
+    Attributes:
+        limit: The most that a part may have, in UTF-16 code units.
+        spans: Where each part begins and ends, in characters of Python.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    limit: int
+    spans: list[tuple[int, int]]
 
 
 class Found(NamedTuple):
@@ -494,9 +508,15 @@ class Ledger:
                         return Job(provider, name=note.get("name"), ticket=ticket, noted_as=entry.job)
         return None
 
-    def note_plan(self, job: str, limit: int, spans: Sequence[tuple[int, int]]) -> None:
-        """Note how long the parts of a text may be, and where each begins and ends."""
-        self.folder.create(_name(job, 1, "plan"), _json({"limit": limit, "spans": spans}))
+    def plan(self, job: str) -> Plan | None:
+        """Read where the text of a job was split; None where it was not, or where the note is damaged."""
+        with suppress(ValidationError):
+            return Plan.model_validate(self.read_note(job, 1, "plan"))
+        return None
+
+    def note_plan(self, job: str, plan: Plan) -> None:
+        """Note where the text of a job is split."""
+        self.folder.create(_name(job, 1, "plan"), _json(plan.model_dump()))
 
     async def catch_up(self) -> None:
         """Try again, in a thread, to write what could not be written; nothing where there is nothing."""

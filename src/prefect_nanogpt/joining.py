@@ -99,7 +99,7 @@ def join(files: Sequence[Path], target: Path, container: str | None = None, gap_
     forms = {source: _form_of(source) for found in sources.values() for source in found}
     pieces: list[Piece] = [*sources[files[0]]]
     for file in files[1:]:
-        pieces += [gap_seconds, *sources[file]] if gap_seconds > 0 else sources[file]
+        pieces += [float(gap_seconds), *sources[file]] if gap_seconds > 0 else sources[file]
     beginning = sources[files[0]][0]
     first = forms[beginning]
     container = container or first.container

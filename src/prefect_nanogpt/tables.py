@@ -26,9 +26,12 @@ NO_OBJECT: Final = "not an object with an id and a text"
 SEPARATORS: Final = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 TOO_DEEP: Final = "it is nested too deeply"
 SHOWN: Final = 40
+COLUMNS_SHOWN: Final = 10
+MOST_FAULTS: Final = 100
+"""After so many things that are no JSON nothing more is looked for: each costs a look at all that is before it."""
 REMARK: Final = "#"
 """What the names of columns begin with that are passed over."""
-COLUMNS_SHOWN: Final = 10
+ESCAPE: Final = "\x1b"
 SAVE_AS_UTF8: Final = "Save it as UTF-8; in Excel, that is 'CSV UTF-8'"
 _BYTE_ORDER_MARKS: Final = {
     codecs.BOM_UTF8: "utf-8",
@@ -58,8 +61,6 @@ _FORMULA: Final = re.compile(
 _TEXT_FORMULA: Final = re.compile(r'="((?:[^"]|"")*)"')
 _NEXT_OBJECT: Final = re.compile(r"(?:\r\n?|\n)(?=\{)")
 _DECODER: Final = json.JSONDecoder()
-MOST_FAULTS: Final = 100
-"""After so many things that are no JSON nothing more is looked for: each costs a look at all that is before it."""
 
 
 class Row(NamedTuple):
@@ -179,9 +180,9 @@ def _decoded(data: bytes) -> str:
         raise ValueError(f"it has null characters in it. {SAVE_AS_UTF8}")
     if control := _CONTROL.search(text):
         line = _lines_in(text, 0, control.start()) + 1
+        as_in = ", as text in ISO-2022-JP has" if control[0] == ESCAPE else ""
         raise ValueError(
-            f"it has a control character in it, 0x{ord(control[0]):02X} in line {line}, as text in ISO-2022-JP has. "
-            f"{SAVE_AS_UTF8}"
+            f"it has a control character in it, 0x{ord(control[0]):02X} in line {line}{as_in}. {SAVE_AS_UTF8}"
         )
     return _MARKS.sub("", text)  # which are also where files were put together
 

@@ -430,7 +430,7 @@ class TestOptions:
             0.75,
         )
         message = refuse("id;text;option.pitch\na;Hello.;-1,5\n")
-        assert "line 2: option.pitch: '-1,5' is no number: write -1.5, or for this as a text \"-1,5\"" in message
+        assert "line 2: pitch: '-1,5' is no number: write -1.5, or for a text \"-1,5\"" in message
         [line] = read('id;text;option.pitch\na;Hello.;"""-1,5"""\n')
         assert line.request.body()["pitch"] == "-1,5"
 

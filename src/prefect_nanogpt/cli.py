@@ -183,7 +183,7 @@ def _options(pairs: Sequence[str]) -> dict[str, Any]:
                 raise UsageError(f"--option {pair} is not key=value.")
             if key in options:
                 raise ValueError(f"{key!r} is there twice")
-            options[key] = option_value(value)
+            options[key] = option_value(key, value)
         options = options_of(options)
     return options
 

@@ -220,14 +220,14 @@ class _Reading:
             self.lines.append(Line(line_id, request, take))
 
     @contextmanager
-    def _noting(self, line: int, where: str = "") -> Iterator[None]:
+    def _noting(self, line: int) -> Iterator[None]:
         try:
             yield
         except ValidationError as invalid:
             for problem in problems_in(invalid):
                 self.note(problem, line)
         except ValueError as error:
-            self.note(f"{where}{error}", line)
+            self.note(str(error), line)
 
     def _given(self, row: Row) -> dict[str, Any]:
         """Give the values of a row by what their names mean; those that are missing are left out."""
@@ -244,7 +244,7 @@ class _Reading:
             elif meaning:
                 names[plain] = name
                 value = python_value(value)
-                with self._noting(row.line, f"{name}: "):
+                with self._noting(row.line):
                     value = _value(meaning, value)
                 if isinstance(value, str) and value in SPREADSHEET_ERRORS:
                     self.note(f"{name}: {value!r} is an error of the spreadsheet, and nothing to say", row.line)
@@ -327,7 +327,9 @@ def _value(meaning: str, value: Any) -> Any:
     """
     if isinstance(value, str) and meaning in ("model", "voice"):
         return value.strip()
-    return option_value(value) if isinstance(value, str) and meaning.startswith(OPTION) else value
+    if isinstance(value, str) and meaning.startswith(OPTION):
+        return option_value(meaning.removeprefix(OPTION), value)
+    return value
 
 
 def _whole(take: object) -> int:

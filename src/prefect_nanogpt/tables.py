@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 import fsspec
 
 from prefect_nanogpt.errors import NanoGPTError, hide, passwords_in, without_password
-from prefect_nanogpt.models import has_decimal_comma, plain_name
+from prefect_nanogpt.models import TTSRequest, field_of, has_decimal_comma, plain_name
 
 __all__ = ["NO_OBJECT", "Fault", "Row", "option_value", "read_json", "read_rows"]
 
@@ -96,19 +96,20 @@ def read_json(text: str) -> Any:
         raise ValueError(TOO_DEEP) from None
 
 
-def option_value(written: str) -> Any:
+def option_value(name: str, written: str) -> Any:
     """Read an option of a model that somebody wrote as text: as JSON where it is JSON, as it is where it is not.
 
     Raises:
-        ValueError: It would be a text, and is meant as a number.
+        ValueError: It would be sent as a text, and is meant as a number.
 
     Example:
-        >>> option_value("true"), option_value("calm")
+        >>> option_value("loud", "true"), option_value("emotion", "calm")
         (True, 'calm')
     """
-    if has_decimal_comma(written):
+    # Of a documented option it is known whether it is a number.
+    if has_decimal_comma(written) and field_of(name) not in TTSRequest.model_fields:
         number = written.strip().replace(",", ".")
-        raise ValueError(f"{written!r} is no number: write {number}, or for this as a text {json.dumps(written)}")
+        raise ValueError(f"{name}: {written!r} is no number: write {number}, or for a text {json.dumps(written)}")
     try:
         return read_json(written)
     except ValueError:

@@ -549,6 +549,7 @@ def test_credentials_that_cannot_be_used_are_not_answered_by_the_sandbox(
         (["say", "Hello", "--option", "mood=a", "--option", "mood=b"], "--option: 'mood' is there twice"),
         (["batch", "x.csv", "--option", "mood=a", "--option", "Mood=b"], "--option: 'mood' is there twice"),
         (["say", "Hello", "--speed", "1", "--option", "Speed=2"], "--option: 'speed' is there twice"),
+        (["say", "Hello", "--option", "option.mood=calm"], "--option: 'option.mood' is no option"),
         (["say", "Hello", "--option", "Stability=1,5"], "stability: input should be less than or equal to 1"),
         (["say", "Hello", "--option", "pitch=1,5"], "--option: pitch: '1,5' is no number: write 1.5"),
         (["say", "Hello", "--take", "0"], "take"),

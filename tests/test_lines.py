@@ -247,15 +247,41 @@ class TestTables:
         "formula",
         [
             *("=CONCAT(A1;B1)", "=A2&B2", "=$B$7", "=Sheet1!A2", "='My sheet'!A2", "=VERKETTEN(A1)", "=СЦЕПИТЬ(A1)"),
-            *("=1+1", '=""Hello ""&A2', '= _xlfn.TEXTJOIN("" "",1,A1:A9)'),
+            *("=+A1", "=(A1&B1)", "{=A1:A3}", "=Table1[Text]", "=[@Text]", "=#REF!", " =A2&B2", "=$Sheet1.A2"),
+            *("='My Sheet'.A2", "of:=[.A2]", "=[1]Sheet1!A1", '=""Hello ""&A2', '= _xlfn.TEXTJOIN("" "",1,A1:A9)'),
         ],
     )
     def test_a_formula_is_nothing_to_say(self, formula: str, read: Read, refuse: Refuse) -> None:
         message = refuse(f'id,text\na,Hello.\nb,"{formula}"\n')
-        assert re.search(r"line 3: text: ['\"]=", message)
+        assert re.search(r"line 3: text: ['\"][ {of:]*=", message)
         assert "is a formula, and nothing to say: save the sheet with its values" in message
         assert texts(read(f'id,text,#source\na,Hello.,"{formula}"\n')) == {"a": "Hello."}
         assert texts(read([{"id": "a", "text": "=A2&B2"}])) == {"a": "=A2&B2"}
+
+    @pytest.mark.parametrize(
+        "text", ["=)", "=D", "=P (tongue)", "= 5 is a sum", "=C4 is an explosive", "=10-4", "=2/3 of all", "==", "{=)"]
+    )
+    def test_a_text_that_begins_like_a_formula_is_a_text(self, text: str, read: Read) -> None:
+        assert texts(read(f'id,text\na,"{text}"\n')) == {"a": text}
+
+    def test_names_that_come_again_and_are_others_are_refused(self, read: Read, refuse: Refuse) -> None:
+        assert texts(read("id,text,voice,\na,Hello.\nid,text,Voice\nb,Bye.\n")) == {"a": "Hello.", "b": "Bye."}
+        for names in ("text,id", "id,text", "id,text,voice,model"):
+            message = refuse(f"id,text,speed\na,Hello.,1\n{names}\nb,Bye.\n")
+            assert "line 3: these are names of columns again, and not those of line 1" in message
+
+    @pytest.mark.parametrize("remarks", ["# Columns, id, text", "# Needed, id, text, voice\n#, id, text\n# more"])
+    def test_a_remark_may_name_the_columns(self, remarks: str, read: Read) -> None:
+        assert texts(read(f"{remarks}\n\nid,text,voice\na,Hello.,Rachel\n")) == {"a": "Hello."}
+
+    def test_a_text_in_a_table_of_tabs_holds_no_rows(self, read: Read, refuse: Refuse) -> None:
+        message = refuse('id\ttext\na\t"I came,\nb\tI saw,\nc\tI conquered."\n')
+        assert "line 2: a quotation mark opens a text here that has whole rows in it" in message
+        assert texts(read('id\ttext\na\t"I came,\nI saw."\n')) == {"a": "I came,\nI saw."}
+
+    @pytest.mark.parametrize("table", ["\n" * 20_000 + "x,y\n", "id,text" + "," * 20_000 + "\n" + "a,\n" * 20_000])
+    def test_what_is_no_table_is_told_in_time(self, table: str, refuse: Refuse) -> None:
+        refuse(table)
 
     def test_a_hundred_thousand_lines(self, read: Read, refuse: Refuse) -> None:
         rows = [f'line-{number},"Line {number}, and ""more""."' for number in range(100_000)]
@@ -390,13 +416,24 @@ class TestNames:
 
 class TestOptions:
     def test_options_of_a_table_are_read_as_json_where_they_are_json(self, read: Read) -> None:
-        values = {"seed": "7", "loud": "true", "mood": "calm", "code": "007", "list": '"[1, 2]"', "digits": '"""7"""'}
+        values = {
+            "seed": "7",
+            "loud": "true",
+            "fast": "TRUE",
+            "slow": "False",
+            "mood": " calm ",
+            "code": "007",
+            "list": '"[1, 2]"',
+            "digits": '"""7"""',
+        }
         header = ",".join(f"option.{name}" for name in values)
         [line] = read(f"id,text,{header}\na,Hello.,{','.join(values.values())}\n")
         said = line.request.body()
         assert {name: said[name] for name in values} == {
             "seed": 7,
             "loud": True,
+            "fast": True,
+            "slow": False,
             "mood": "calm",
             "code": "007",
             "list": [1, 2],
@@ -429,6 +466,11 @@ class TestOptions:
             0.5,
             0.75,
         )
+        for written, number in (("1.234,5", "1234.5"), ("1 234,5", "1234.5"), ("\u22121,5", "-1.5"), (".5", "0.5")):
+            assert f"is no number: write {number}, or for a text" in refuse(f"id;text;option.n\na;Hi.;{written}\n")
+        for written in ("1,2,3", "50%", "+49", "2026.01.02", "1.5.2"):
+            [line] = read(f"id;text;option.n\na;Hi.;{written}\n")
+            assert line.request.body()["n"] == written
         message = refuse("id;text;option.pitch\na;Hello.;-1,5\n")
         assert "line 2: pitch: '-1,5' is no number: write -1.5, or for a text \"-1,5\"" in message
         [line] = read('id;text;option.pitch\na;Hello.;"""-1,5"""\n')
@@ -505,6 +547,9 @@ class TestOptionsOfFlows:
             ({"Model": "tts-1"}, "model is no option but a field of its own"),
             ({"voice": "Adam"}, "voice is no option but a field of its own"),
             ({"take": 2}, "take is no option but a field of its own"),
+            ({"option.seed": 7}, "'option.seed' is no option; one called mood is given as 'mood'"),
+            ({"#seed": 7}, "'#seed' is no option"),
+            ({" ": 7}, "'' is no option"),
         ],
     )
     async def test_they_are_refused_where_they_would_be_paid_for_and_ignored(
@@ -533,6 +578,23 @@ class TestOptionsOfFlows:
         assert len(sandbox.ledger.charges) == 1
         [sent] = sandbox.requests("submit")
         assert sent.json["similarity_boost"] == 0.5
+
+    @pytest.mark.parametrize("field", ["id", "take", "options", "Option.seed", "#seed"])
+    def test_a_request_has_no_fields_of_lines(self, field: str) -> None:
+        with pytest.raises(ValueError, match="is no option"):
+            TTSRequest.model_validate({"text": "Hello.", field: "7"})
+
+    def test_spaces_around_names_are_not_part_of_them(self) -> None:
+        request = TTSRequest(text=" Hi. ", model=" tts-1 ", voice="Adam ", language=" en", response_format=" wav")
+        assert request.body() == {
+            "text": " Hi. ",
+            "model": "tts-1",
+            "voice": "Adam",
+            "language": "en",
+            "response_format": "wav",
+        }
+        with pytest.raises(ValueError, match="raw PCM"):
+            TTSRequest(text="Hi.", response_format="PCM ")
 
     def test_a_request_knows_its_fields(self) -> None:
         request = TTSRequest.model_validate(
@@ -587,6 +649,9 @@ class TestValues:
         assert third.request.voice == "Nan"
 
     def test_an_error_of_the_spreadsheet_is_no_text(self, read: Read, refuse: Refuse) -> None:
+        for error in ("#NAME? ", "#BEZUG!", "#NV", "Err:508", "#CALC!", "#ИМЯ?", "#¡REF!", "#GETTING_DATA"):
+            assert "is an error of the spreadsheet" in refuse(f"id,text\na,{error}\n")
+        assert texts(read("id,text\na,#winning!\nb,Err:508 is what it said\n"))["a"] == "#winning!"
         message = refuse("id,text,voice\na,#NAME?,\n#REF!,Hi.,#N/A\n")
         for words in ("line 2: text: '#NAME?'", "line 3: id: '#REF!'", "line 3: voice: '#N/A'"):
             assert words in message

@@ -56,7 +56,7 @@ from prefect_nanogpt.flows.forms import LONGEST_TIMEOUT_SECONDS
 from prefect_nanogpt.job import RESUBMIT, Resubmit
 from prefect_nanogpt.lines import COMPLETED, read_lines
 from prefect_nanogpt.lines import FILE_NAME as MANIFEST
-from prefect_nanogpt.models import DEFAULT_MODEL, AudioFile, Ticket, options_of, request_with
+from prefect_nanogpt.models import DEFAULT_MODEL, AudioFile, Ticket, TTSRequest, field_of, options_of, request_with
 from prefect_nanogpt.sandbox import Sandbox
 from prefect_nanogpt.sandbox import serve as serve_sandbox
 from prefect_nanogpt.storage import Destination, absolute
@@ -183,7 +183,7 @@ def _options(pairs: Sequence[str]) -> dict[str, Any]:
                 raise UsageError(f"--option {pair} is not key=value.")
             if key in options:
                 raise ValueError(f"{key!r} is there twice")
-            options[key] = option_value(key, value)
+            options[key] = value if field_of(key) in TTSRequest.model_fields else option_value(key, value)
         options = options_of(options)
     return options
 

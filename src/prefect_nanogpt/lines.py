@@ -55,8 +55,12 @@ NEAR: Final = 0.75
 MISSING: Final = frozenset({"NaN", "<NA>"})
 """How pandas writes what is missing, if asked to. Not `nan`, which is the code of a language."""
 SPREADSHEET_ERRORS: Final = frozenset(
-    {"#NAME?", "#REF!", "#VALUE!", "#DIV/0!", "#N/A", "#NULL!", "#NUM!", "#ERROR!", "#SPILL!"}
+    "#NAME? #REF! #VALUE! #DIV/0! #N/A #NULL! #NUM! #ERROR! #SPILL! #CALC! #FIELD! #BUSY! #CONNECT! #BLOCKED! #PYTHON! "
+    "#GETTING_DATA #BEZUG! #WERT! #ZAHL! #NV #ÜBERLAUF! #NOM? #VALEUR! #NOMBRE! #N/D #¡REF! #¿NOMBRE? #¡VALOR! #¡NUM! "
+    "#NOME? #VALORE! #VALOR! #ИМЯ? #ССЫЛКА! #ЗНАЧ! #ЧИСЛО! #\u041d/\u0414 #名前?".split()
 )
+OFFICE_ERROR: Final = re.compile(r"\s*Err:[0-9]{3}\s*$")
+"""How LibreOffice writes most of them."""
 KNOWN: Final = frozenset({*OF_THE_LINE, *TTSRequest.model_fields})
 
 
@@ -246,7 +250,7 @@ class _Reading:
                 value = python_value(value)
                 with self._noting(row.line):
                     value = _value(meaning, value)
-                if isinstance(value, str) and value in SPREADSHEET_ERRORS:
+                if isinstance(value, str) and (value.strip() in SPREADSHEET_ERRORS or OFFICE_ERROR.match(value)):
                     self.note(f"{name}: {value!r} is an error of the spreadsheet, and nothing to say", row.line)
                 elif not _is_missing(value, meaning):
                     given[meaning] = value
@@ -320,13 +324,11 @@ def _options(given: object) -> dict[str, Any]:
 
 
 def _value(meaning: str, value: Any) -> Any:
-    """Give a value as its name asks: a name is trimmed, and an option that is JSON is read as JSON.
+    """Give a value as its name asks: an option that is not documented is read as JSON, if it is JSON.
 
     Raises:
         ValueError: As `option_value` does.
     """
-    if isinstance(value, str) and meaning in ("model", "voice"):
-        return value.strip()
     if isinstance(value, str) and meaning.startswith(OPTION):
         return option_value(meaning.removeprefix(OPTION), value)
     return value

@@ -34,8 +34,8 @@ __all__ = [
     "TTSStatus",
     "Ticket",
     "check_option",
+    "decimal_of",
     "field_of",
-    "has_decimal_comma",
     "options_of",
     "parse_speech_model",
     "parse_status",
@@ -156,12 +156,22 @@ class TTSRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _by_their_names(cls, fields: object) -> object:
-        return _named(fields) if isinstance(fields, Mapping) else fields
+        if not isinstance(fields, Mapping):
+            return fields
+        named = _named(fields)
+        for name in named.keys() - cls.model_fields.keys():
+            check_option(name)
+        return named
 
     @field_validator("speed", "stability", "similarity_boost", "style", mode="before")
     @classmethod
-    def _without_decimal_comma(cls, value: object) -> object:
-        return value.replace(",", ".") if isinstance(value, str) and has_decimal_comma(value) else value
+    def _with_decimal_point(cls, value: object) -> object:
+        return (decimal_of(value) or value) if isinstance(value, str) else value
+
+    @field_validator("model", "voice", "language", "response_format", mode="before")
+    @classmethod
+    def _without_spaces_around(cls, value: object) -> object:
+        return value.strip() if isinstance(value, str) else value
 
     @field_validator("text")
     @classmethod
@@ -173,7 +183,7 @@ class TTSRequest(BaseModel):
     @field_validator("response_format")
     @classmethod
     def _can_be_verified(cls, response_format: str | None) -> str | None:
-        if response_format == "pcm":
+        if response_format is not None and response_format.casefold() == "pcm":
             raise ValueError("raw PCM has no header to verify it by; ask for wav instead")
         return response_format
 
@@ -229,13 +239,15 @@ _FIELDS: Final = {plain_name(name): name for name in (*OF_THE_LINE, *TTSRequest.
 
 
 def check_option(name: str) -> None:
-    """Refuse a name of an option that a line or a flow has a place of its own for.
+    """Refuse a name that is no option's.
 
     Raises:
-        ValueError: It is such a name.
+        ValueError: A line or a flow has a place of its own for it, or it is how a column of a table would be called.
     """
     if name in OF_THE_LINE:
         raise ValueError(f"{name} is no option but a field of its own, {name!r}")
+    if not name or name.startswith("#") or plain_name(name.partition(".")[0]) in ("option", "options"):
+        raise ValueError(f"{name!r} is no option; one called mood is given as 'mood'")
 
 
 def options_of(given: Mapping[str, object]) -> dict[str, Any]:
@@ -262,9 +274,19 @@ def request_with(options: Mapping[str, Any] | None, fields: Mapping[str, Any]) -
     return TTSRequest.model_validate({**further, **fields})
 
 
-def has_decimal_comma(value: str) -> bool:
-    """Whether a value is a number as half of Europe writes it."""
-    return bool(re.fullmatch(r"\s*[+-]?\d+,\d+\s*", value))
+def decimal_of(written: str) -> str | None:
+    """Give a number with a decimal point that was written otherwise; None for what is none, or has one already.
+
+    Example:
+        >>> decimal_of("1,5"), decimal_of("1.234,5"), decimal_of("1.5")
+        ('1.5', '1234.5', None)
+    """
+    number = written.strip().replace("\u2212", "-")
+    if re.fullmatch(r"[+-]?([0-9]{1,3}([.\s][0-9]{3})+|[0-9]*),[0-9]+", number):
+        number = re.sub(r"[.\s]", "", number).replace(",", ".")
+    if number == written.strip() and not number.lstrip("+-").startswith("."):
+        return None
+    return str(Decimal(number)) if re.fullmatch(r"[+-]?[0-9]*\.?[0-9]+", number) else None
 
 
 def _named(fields: Mapping[Any, object]) -> dict[str, Any]:

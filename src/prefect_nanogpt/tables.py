@@ -10,13 +10,12 @@ import codecs
 import json
 import re
 from collections.abc import Iterator, Sequence
-from itertools import zip_longest
 from typing import Any, Final, NamedTuple
 
 import fsspec
 
 from prefect_nanogpt.errors import NanoGPTError, hide, passwords_in, without_password
-from prefect_nanogpt.models import TTSRequest, field_of, has_decimal_comma, plain_name
+from prefect_nanogpt.models import decimal_of, plain_name
 
 __all__ = ["NO_OBJECT", "Fault", "Row", "option_value", "read_json", "read_rows"]
 
@@ -50,14 +49,20 @@ _NO_TABLES: Final = {
 _CONTROL: Final = re.compile("[\0-\x08\x0e-\x1f\x7f]")
 _MARKS: Final = re.compile("(?:^|(?<=[\r\n]))\ufeff+")
 _LINE_END: Final = re.compile(r"\r\n?|\n")
+_BLANK_LINES: Final = re.compile(r"[\r\n]*")
 _SPACE: Final = re.compile(r"[ \t\r\n]*")
 _SEPARATOR_LINE: Final = re.compile(r"sep=([^\r\n\"])[ ]*(?:\r\n?|\n)", re.IGNORECASE)
 # Possessive, so that a text whose end is missing is not taken for a shorter one that ends at a doubled mark.
 _QUOTED: Final = re.compile(r' *+"((?:[^"]++|"")*+)(" *+)?')
 _FORMULA: Final = re.compile(
-    r"""=\s*(?:[^\W\d][\w.]*\(|'[^']*'!|(?:[\w.]+!)?\$?[A-Z]{1,3}\$?\d+\b|"(?:[^"]|"")*"\s*&|[-+]?\d[\d.,]*\s*[-+*/^])"""
+    r"""\s*\{?(?:of:)?=[\s@(+-]*(?:
+        [^\W\d][\w.]*\(                 # a function, in whatever language
+        |(?:\$?(?:'[^']*'|\[[^\]]*\][\w.]*|[\w.-]+)[!.])?  # a cell, also of another sheet
+            \$?[A-Z]{1,3}\$?[0-9]+\s*(?:$|[-+*/^&:=<>,;)}])
+        |[^\W\d]\w*\[|\[[.@]            # a column of a table
+        |"(?:[^"]|"")*"\s*&|\#REF!)""",
+    re.VERBOSE,
 )
-"""How formulas begin: with a function in whatever language, a cell, or a text or number that something is done with."""
 _TEXT_FORMULA: Final = re.compile(r'="((?:[^"]|"")*)"')
 _NEXT_OBJECT: Final = re.compile(r"(?:\r\n?|\n)(?=\{)")
 _DECODER: Final = json.JSONDecoder()
@@ -103,25 +108,25 @@ def option_value(name: str, written: str) -> Any:
         ValueError: It would be sent as a text, and is meant as a number.
 
     Example:
-        >>> option_value("loud", "true"), option_value("emotion", "calm")
+        >>> option_value("loud", "TRUE"), option_value("emotion", "calm")
         (True, 'calm')
     """
-    # Of a documented option it is known whether it is a number.
-    if has_decimal_comma(written) and field_of(name) not in TTSRequest.model_fields:
-        number = written.strip().replace(",", ".")
+    if number := decimal_of(written):
         raise ValueError(f"{name}: {written!r} is no number: write {number}, or for a text {json.dumps(written)}")
+    if (word := written.strip()).casefold() in ("true", "false"):  # as spreadsheets and Python write them
+        return word.casefold() == "true"
     try:
-        return read_json(written)
+        return read_json(word)
     except ValueError:
-        return written
+        return word
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in found if names.count(name) > 1)
-        raise ValueError(f"the name {twice[:SHOWN]!r} is there twice")
+    found = dict[str, Any]()
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the name {name[:SHOWN]!r} is there twice")
+        found[name] = value
     return found
 
 
@@ -158,7 +163,7 @@ def _decoded(data: bytes) -> str:
     mark, encoding = next((item for item in _BYTE_ORDER_MARKS.items() if data.startswith(item[0])), (b"", "utf-8"))
     body = data.removeprefix(mark)
     for beginning, what in _NO_TABLES.items():
-        if body.lstrip().startswith(beginning):
+        if encoding == "utf-8" and body.lstrip().startswith(beginning):
             raise ValueError(f"it is {what}, and not a table. Save the sheet as 'CSV UTF-8'")
     if encoding == "utf-8" and b"\0" in body:
         raise ValueError(
@@ -203,19 +208,26 @@ def _table_rows(text: str) -> Iterator[Row | Fault]:
         yield header
         return
     line, names = header[0], [" ".join(name.split()) for name in header[1]]
-    plain_names = [plain_name(name) for name in names]
-    if not NEEDED.issubset(plain_names):
+    if not _is_header(names):
         found = ", ".join(repr(name[:SHOWN]) for name in names[:COLUMNS_SHOWN])
         yield Fault(line, f"{COLUMNS_NEEDED}; found: {found}")
         return
-    untitled = {column for column, name in enumerate(plain_names) if not name}
+    untitled = {column for column, name in enumerate(names) if not plain_name(name)}
+    titled = [
+        (column, name) for column, name in enumerate(names) if column not in untitled and not name.startswith(REMARK)
+    ]
     for record in records:
         if isinstance(record, Fault):
             yield record
             continue
         at, values = record
-        if [plain_name(value) for value in values] == plain_names:
-            continue  # the header once more, where tables were put together
+        if _is_header(values):  # once more, where tables were put together
+            if _without_empty(values) != _without_empty(names):
+                yield Fault(
+                    at, f"these are names of columns again, and not those of line {line}: give it as a table of its own"
+                )
+                return
+            continue
         filled = {column for column, value in enumerate(values) if value.strip()}
         if max(filled) >= len(names):
             yield Fault(
@@ -231,12 +243,13 @@ def _table_rows(text: str) -> Iterator[Row | Fault]:
                 "no index with index=False)",
             )
         untitled -= filled
-        pairs = zip_longest(names, values[: len(names)], fillvalue="")
-        fields = [(name, value) for name, value in pairs if plain_name(name) and not name.startswith(REMARK)]
+        fields = [(name, values[column] if column < len(values) else "") for column, name in titled]
         if formula := next((field for field in fields if _FORMULA.match(field[1])), None):
             name, value = formula
             yield Fault(
-                at, f"{name}: {value[:SHOWN]!r} is a formula, and nothing to say: save the sheet with its values"
+                at,
+                f"{name}: {value[:SHOWN]!r} is a formula, and nothing to say: save the sheet with its values, or "
+                'write it as ="…" if it is a text',
             )
             continue
         yield Row(at, [(name, _cell(value)) for name, value in fields], line)
@@ -247,15 +260,34 @@ def _header(text: str) -> tuple[int, int, str]:
     line, position, separators = 1, 0, list(SEPARATORS)
     if first := _SEPARATOR_LINE.match(text):  # as Excel writes it for itself
         line, position, separators = 2, first.end(), [first[1]]
+    best = (0, 0), line, position, separators[0]
     while True:
+        start = _BLANK_LINES.match(text, position)
+        if start and start[0]:
+            line, position = line + _lines_in(text, position, start.end()), start.end()
         # Only the header can tell which one it is: in the texts stands any of them.
         found = {one: _names_in(next(_records(text, position, line, one), None)) for one in separators}
         separator = max(found, key=lambda one: found[one])
+        is_better = found[separator][0] == len(NEEDED) or best[0][0] < len(NEEDED)
+        if is_better:
+            best = found[separator], line, position, separator
         end = _LINE_END.search(text, position)
-        # Before it there may be remarks, and a column may be called # too.
-        if found[separator][0] == len(NEEDED) or end is None or not text.startswith(("#", '"#', "\r", "\n"), position):
-            return line, position, separator
+        # Before it there may be remarks, such as "# Columns: id, text", and a column may be called # too.
+        if end is None or not text.startswith(("#", '"#'), position):
+            return best[1:]
         line, position = line + 1, end.end()
+
+
+def _is_header(values: Sequence[str]) -> bool:
+    return NEEDED.issubset(plain_name(value) for value in values if len(value) <= SHOWN)
+
+
+def _without_empty(values: Sequence[str]) -> list[str]:
+    """Give the names that titles come down to, without those that are missing at the end."""
+    names = [plain_name(value) for value in values]
+    while names and not names[-1]:
+        names.pop()
+    return names
 
 
 def _cell(value: str) -> str:
@@ -283,6 +315,13 @@ def _records(text: str, position: int, line: int, separator: str) -> Iterator[tu
         if quoted := _QUOTED.match(text, position):
             opened, line, position = line, line + _lines_in(text, position, quoted.end()), quoted.end()
             stray = plain.match(text, position)
+            if separator == "\t" and separator in quoted[1] and _LINE_END.search(quoted[1]):
+                yield Fault(
+                    opened,
+                    "a quotation mark opens a text here that has whole rows in it: one of the text has to be written "
+                    "twice, and quotation marks put around the text",
+                )
+                return
             if quoted[2] is None or (stray and stray[0]):
                 yield Fault(opened, _wrong_quotation(quoted[2], line - opened, stray[0] if stray else ""))
                 return

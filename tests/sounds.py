@@ -50,9 +50,14 @@ def decoded(content: bytes) -> bytes:
     return subprocess.run(command, input=content, capture_output=True, check=True).stdout
 
 
-def played(path: str | Path, *, complaints: bool = False) -> float:
-    """Decode a file with ffmpeg and give its length in seconds; it must have nothing to complain about."""
-    command = [get_ffmpeg_exe(), "-loglevel", "error", "-i", str(path), "-f", "s16le", "-ac", "1", "-ar", "8000", "-"]
+def played(path: str | Path, *, complaints: bool = False, by_its_clock: bool = False) -> float:
+    """Decode a file with ffmpeg and give its length in seconds; it must have nothing to complain about.
+
+    By its clock, each packet is played at the time that the file says, over what was there before.
+    """
+    command = [get_ffmpeg_exe(), "-loglevel", "error", "-i", str(path)]
+    command += ["-af", "aresample=async=1000"] if by_its_clock else []
+    command += ["-f", "s16le", "-ac", "1", "-ar", "8000", "-"]
     done = subprocess.run(command, capture_output=True, check=not complaints)
     assert complaints or done.stderr == b""
     return len(done.stdout) / 2 / 8000

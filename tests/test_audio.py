@@ -52,6 +52,7 @@ async def save(content: bytes, folder: Path) -> float | None:
         (b"\xff\xe3\x18\xc4\x00\x00", "mp3"),
         (b"RIFF\x24\x00\x00\x00WAVEfmt ", "wav"),
         (b"RF64\xff\xff\xff\xffWAVEds64", "wav"),
+        (b"BW64\xff\xff\xff\xffWAVEds64", "wav"),
         (b"OggS\x00\x02\x00\x00", "ogg"),
         (b"fLaC\x00\x00\x00\x22", "flac"),
         (b"\x00\x00\x00\x20ftypM4A ", "mp4"),
@@ -165,8 +166,10 @@ async def test_a_tag_before_audio_whose_players_look_only_at_the_beginning_is_re
 
 
 @pytest.mark.parametrize("stray", ["zeros", "the rest of a frame", "a line"])
-@pytest.mark.parametrize("form", ["mp3", "mp3 without a total", "mp3 of variable rate", "aac"])
-async def test_stray_bytes_before_frames_are_passed_over(form: str, stray: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "form", ["mp3", "mp3 without a total", "mp3 of variable rate", "aac", "flac", "ogg opus", "ogg vorbis"]
+)
+async def test_stray_bytes_before_the_audio_are_passed_over(form: str, stray: str, tmp_path: Path) -> None:
     content = tone(form, SECONDS)
     before = {"zeros": bytes(300), "the rest of a frame": content[-150:], "a line": b"HTTP/1.1 200 OK\r\n\r\n"}
     duration = await save(before[stray] + content, tmp_path)
@@ -241,8 +244,11 @@ async def test_chained_streams_of_any_form_last_as_long_as_each_of_them_plays(
 
 
 @pytest.mark.parametrize("tail", [*range(1, 12), 100, 1000])
-async def test_zeros_behind_the_last_frame_of_an_aac_are_not_missed_sound(tail: int, tmp_path: Path) -> None:
+async def test_what_is_behind_the_last_frame_of_an_aac_is_no_missed_sound(tail: int, tmp_path: Path) -> None:
     assert await save(tone("aac", SECONDS) + bytes(tail), tmp_path) == pytest.approx(SECONDS, abs=0.1)
+    if tail > 1:
+        filled = tone("aac", SECONDS) + b"\xff" * tail
+        assert await save(filled, tmp_path / "filled") == pytest.approx(SECONDS, abs=0.1)
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if not form.startswith(("m4a", "wav with sizes"))])

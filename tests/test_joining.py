@@ -4,6 +4,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+import av
 import fsspec
 import pytest
 from imageio_ffmpeg import get_ffmpeg_exe
@@ -136,10 +137,12 @@ def test_many_gaps_do_not_add_up_to_another_length(form: str, pieces: Path, tmp_
     assert played(tmp_path / "whole") == pytest.approx(60 * played(files[0]) + 3 * played(files[-1]) + 62, abs=0.3)
 
 
-@pytest.mark.parametrize("form", ["ogg opus", "mp3"])
+@pytest.mark.parametrize("form", ["ogg opus", "ogg vorbis", "mp3", "m4a", "aac", "wav"])
 def test_the_last_of_many_short_pieces_is_heard_to_its_end(form: str, pieces: Path, tmp_path: Path) -> None:
     files = written(pieces, (form, 0.31)) * 80
     join(files, tmp_path / "whole")
+    # Also by its time stamps, which must not go back.
+    assert played(tmp_path / "whole", by_its_clock=True) == pytest.approx(played(tmp_path / "whole"), abs=0.1)
     samples = memoryview(decoded((tmp_path / "whole").read_bytes())).cast("h")
     seconds = len(samples) / 16_000
     assert seconds >= 80 * played(files[0]) - 0.05
@@ -159,6 +162,44 @@ def test_samples_of_more_than_16_bits_keep_them(
     samples = memoryview(subprocess.run(command, capture_output=True, check=True).stdout).cast("i")
     # With 16 bits, samples this quiet would have next to no values between zero and their loudest.
     assert len(set(samples)) > 300
+
+
+@pytest.mark.parametrize(("container", "first"), [("mp4", "aac"), ("ogg", "aac"), ("mp3", "mp3 without a total")])
+def test_a_quiet_beginning_does_not_make_the_whole_poor(
+    container: str, first: str, pieces: Path, tmp_path: Path
+) -> None:
+    muxer, *options = FORMS[first]
+    quiet = "aevalsrc='if(lt(t,1),0,0.4*sin(2*PI*440*t)+0.2*sin(2*PI*3000*t)+0.1*random(0))':d=6:s=44100"
+    piece = pieces / f"quiet.{CONTAINERS[first]}"
+    command = [get_ffmpeg_exe(), "-loglevel", "error", "-f", "lavfi", "-i", quiet, *options, "-f", muxer, str(piece)]
+    subprocess.run(command, check=True)
+    join([piece, *written(pieces, ("wav", 1.0))], tmp_path / "whole", container)
+    assert (tmp_path / "whole").stat().st_size * 8 / 6 > 50_000
+
+
+def test_a_gain_that_a_header_has_is_kept(pieces: Path, tmp_path: Path) -> None:
+    loud, soft = written(pieces, ("ogg opus", 2.0), ("ogg opus", 2.0))
+    with av.open(str(loud)) as source, av.open(str(soft), "w", format="ogg") as target:
+        stream = target.add_stream_from_template(source.streams.audio[0])
+        head = bytearray(stream.codec_context.extradata or b"")
+        head[16:18] = (-20 * 256).to_bytes(2, "little", signed=True)
+        stream.codec_context.extradata = bytes(head)
+        for packet in source.demux(source.streams.audio[0]):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    loudest = {path: loudness(path) for path in (loud, soft)}
+    assert loudest[soft] < loudest[loud] / 8
+    for files in ([loud, soft], [soft, loud]):
+        join(files, tmp_path / "whole", gap_seconds=0.5)
+        samples = memoryview(decoded((tmp_path / "whole").read_bytes())).cast("h")
+        for path, start in zip(files, (0.5, 3.0), strict=True):
+            here = samples[int(start * 16_000) : int((start + 1) * 16_000)]
+            assert max(map(abs, here)) == pytest.approx(loudest[path], rel=0.3)
+
+
+def loudness(path: Path) -> int:
+    return max(map(abs, memoryview(decoded(path.read_bytes())).cast("h")[8_000:24_000]))
 
 
 def test_mp3_of_a_higher_rate_than_opus_takes_is_converted(pieces: Path, tmp_path: Path) -> None:

@@ -73,6 +73,8 @@ MP4_SLACK_SECONDS: Final = 0.1
 ROUNDING_SECONDS: Final = 0.001
 LARGEST_STRAY_BYTES: Final = 65_536
 """How far to look for the audio behind something that is none: the rest of a frame, or what a relay has put there."""
+_MAGIC: Final = re.compile(rb"OggS\0\x02|fLaC[\0\x80]\0\0\x22")
+"""How the first page of Ogg begins, and FLAC with its first block."""
 FRAME_HEADER_BYTES: Final = 7
 """Those of AAC; MP3 has 4."""
 FRAMES_IN_A_ROW: Final = 3
@@ -123,7 +125,7 @@ def container_of(head: bytes) -> str | None:
     """
     if head.startswith(b"ID3"):
         return "mp3"
-    if head.startswith((b"RIFF", b"RF64")) and head[8:12] == b"WAVE":
+    if head.startswith((b"RIFF", b"RF64", b"BW64")) and head[8:12] == b"WAVE":
         return "wav"
     if head.startswith(b"OggS"):
         return "ogg"
@@ -203,6 +205,8 @@ def _beginning(file: BinaryIO, size: int) -> tuple[int, str]:
         raise _invalid(f"It is a {container} behind a tag, where players do not find it.")
     if container:
         return start, container
+    if stray := _MAGIC.search(_at(file, start, LARGEST_STRAY_BYTES)):
+        return start + stray.start(), "ogg" if stray[0].startswith(b"OggS") else "flac"
     for frame_length, framed in ((_mpeg_length, "mp3"), (_adts_length, "aac")):
         if (first := _next_frames(file, start, frame_length)) is not None:
             return first, framed
@@ -319,7 +323,7 @@ def _aac(file: BinaryIO, start: int, size: int) -> Headers:
     while header := _at(file, position, FRAME_HEADER_BYTES):
         if length := _adts_length(header):
             position = end = position + length
-        elif len(header) < FRAME_HEADER_BYTES and header[0] == 0xFF:
+        elif len(header) < FRAME_HEADER_BYTES and header[0] == 0xFF and (len(header) < 2 or header[1] & 0xF6 == 0xF0):
             raise _truncated("it ends in the middle of a frame")
         elif (following := _next_frames(file, position, _adts_length)) is not None:
             position = following
@@ -477,7 +481,7 @@ def open_audio(path: Path, container: str, link: tuple[int, int]) -> InputContai
 
     try:
         source = av.open(
-            f"subfile,,start,{link[0]},end,{link[1]},,:{path}",
+            f"subfile,,start,{link[0]},end,{link[1]},,:{path.absolute()}",
             format=DEMUXERS[container],
             options={"protocol_whitelist": "file,subfile"},
         )

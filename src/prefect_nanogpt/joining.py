@@ -38,7 +38,7 @@ OPTIONS: Final = {"libmp3lame": {"reservoir": "0"}}
 """An MP3 frame may keep some of its bytes in the frames before it, which in another file are others."""
 LOSSY: Final = frozenset({"libmp3lame", "libopus", "aac"})
 BITS_PER_CHANNEL: Final = 64_000
-"""The bit rate of what is encoded anew from a lossless source, per second: transparent for speech."""
+"""The least bit rate of what is encoded anew, per second: transparent for speech."""
 MOST_BITS_PER_CHANNEL: Final = 256_000
 """Opus takes no more."""
 SILENCE_SAMPLES: Final = 1024
@@ -104,7 +104,8 @@ def join(files: Sequence[Path], target: Path, container: str | None = None, gap_
     first = forms[beginning]
     container = container or first.container
     can_all_be_copied = gap_seconds <= 0 and all(_can_be_copied(form, first) for form in forms.values())
-    is_standalone = first.channels <= 2 and _is_standalone(first.codec)
+    # Packets of an encoder know nothing of a gain that the header of the first piece has.
+    is_standalone = first.channels <= 2 and _is_standalone(first.codec) and not any(first.setup or b"")
     ways: list[Way] = [partial(_encode, container=container)]
     if container == first.container and (is_standalone or can_all_be_copied):
         ways.insert(0, _copy)
@@ -133,6 +134,8 @@ def _form_of(source: Source) -> Form:
         setup: bytes | None = codec.extradata or b""
         if codec.name == "flac":
             setup = None
+        elif codec.name == "opus":
+            setup = (codec.extradata or b"")[16:]  # by RFC 7845 the gain, and which channel is which
         elif _is_standalone(codec.name):
             setup = b""
         return Form(source.container, codec.name, codec.sample_rate, codec.layout.nb_channels, setup)
@@ -155,6 +158,7 @@ def _copy(
     stream = joined.add_stream_from_template(model)
     encoder = STANDALONE.get(first.codec, first.codec)
     tick = Fraction(1, first.rate)
+    plays = _length_of_packets(first, model)
     has_silence = any(isinstance(piece, float) for piece in pieces)
     end = should_end = Fraction(0)
     for piece in pieces:
@@ -171,15 +175,39 @@ def _copy(
             # Encoders put a little before the first frame and fill the last one up. Silence makes up for both.
             if is_silence and end >= should_end:
                 break
-            # FFmpeg leaves out of an Opus packet's duration what is not to be heard at a stream's end. Here it is.
-            is_opus = first.codec == "opus"
-            length = _opus_seconds(bytes(packet)) if is_opus else (packet.duration or 0) * (packet.time_base or tick)
+            length = plays(packet)
             packet.time_base = tick
             packet.pts = packet.dts = round(end / tick)
             packet.duration = round(length / tick)
             packet.stream = stream
             end += length
             joined.mux(packet)
+
+
+def _length_of_packets(first: Form, model: AudioStream) -> Callable[[Packet[AudioStream]], Fraction]:
+    """Give a function that tells how long a packet plays, in seconds, when it is followed by others.
+
+    FFmpeg leaves out of the duration of a stream's last packet what is not to be heard at its end, and of the first one
+    of Vorbis what has nothing before it. In the middle of a whole, all of it is heard.
+    """
+    tick = Fraction(1, first.rate)
+    longest = Fraction(0)
+
+    def said(packet: Packet[AudioStream]) -> Fraction:
+        return (packet.duration or 0) * (packet.time_base or tick)
+
+    def of_aac(packet: Packet[AudioStream]) -> Fraction:
+        nonlocal longest
+        longest = max(longest, said(packet))  # all of a stream have the same number of samples
+        return longest
+
+    def of_vorbis(packet: Packet[AudioStream]) -> Fraction:
+        return sum(frame.samples for frame in model.codec_context.decode(packet)) * tick
+
+    def of_opus(packet: Packet[AudioStream]) -> Fraction:
+        return _opus_seconds(bytes(packet))
+
+    return {"aac": of_aac, "vorbis": of_vorbis, "opus": of_opus}.get(first.codec, said)
 
 
 def _length(source: Source) -> Fraction:
@@ -220,7 +248,7 @@ def _encode(
 
 
 def _set_up(context: AudioCodecContext, encoder: str, form: Form, model: AudioStream) -> None:
-    """Set an encoder up for audio of a form, with the bit rate of the audio where that is lossy itself."""
+    """Set an encoder up for audio of a form, with at least its bit rate where that is lossy itself."""
     import av
 
     codec = av.Codec(encoder, "w")
@@ -236,7 +264,8 @@ def _set_up(context: AudioCodecContext, encoder: str, form: Form, model: AudioSt
     context.time_base = Fraction(1, context.sample_rate)
     if encoder in LOSSY:
         is_lossy = form.codec != "flac" and not form.codec.startswith("pcm_")
-        bit_rate = (is_lossy and model.codec_context.bit_rate) or BITS_PER_CHANNEL * channels
+        # Where no header has it, FFmpeg guesses the bit rate by the first frames, which may be silent.
+        bit_rate = max((is_lossy and model.codec_context.bit_rate) or 0, BITS_PER_CHANNEL * channels)
         context.bit_rate = min(bit_rate, MOST_BITS_PER_CHANNEL * channels)
     context.options = OPTIONS.get(encoder, {})
 

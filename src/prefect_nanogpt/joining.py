@@ -131,11 +131,12 @@ def _sources_in(file: Path) -> list[Source]:
 def _form_of(source: Source) -> Form:
     with open_audio(*source) as opened:
         codec = opened.streams.audio[0].codec_context
-        setup: bytes | None = codec.extradata or b""
+        extradata = codec.extradata or b""
+        setup: bytes | None = extradata
         if codec.name == "flac":
             setup = None
         elif codec.name == "opus":
-            setup = (codec.extradata or b"")[16:]  # by RFC 7845 the gain, and which channel is which
+            setup = extradata[16:]  # by RFC 7845 the gain, and which channel is which
         elif _is_standalone(codec.name):
             setup = b""
         return Form(source.container, codec.name, codec.sample_rate, codec.layout.nb_channels, setup)

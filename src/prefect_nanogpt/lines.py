@@ -22,6 +22,8 @@ from prefect_nanogpt.errors import NanoGPTError
 from prefect_nanogpt.events import run_logger
 from prefect_nanogpt.models import (
     OF_THE_LINE,
+    OPTION_PREFIXES,
+    REMARK,
     Ticket,
     TTSRequest,
     check_option,
@@ -32,7 +34,7 @@ from prefect_nanogpt.models import (
     python_value,
 )
 from prefect_nanogpt.storage import Destination, file_stem
-from prefect_nanogpt.tables import NO_OBJECT, REMARK, Fault, Row, option_value, read_json, read_rows
+from prefect_nanogpt.tables import NO_OBJECT, Fault, Row, option_value, read_json, read_rows
 
 __all__ = ["FILE_NAME", "Line", "Manifest", "ManifestRow", "costs_once", "read_lines", "shards_of", "usable"]
 
@@ -294,7 +296,7 @@ def _meaning(name: str) -> tuple[str, str]:
         return known, ""
     shown = name.strip()[:NAME_SHOWN]
     prefix, _, option = name.partition(".")
-    if option.strip() and plain_name(prefix) in ("option", "options"):
+    if option.strip() and plain_name(prefix) in OPTION_PREFIXES:
         meaning = field_of(option)
         try:
             check_option(meaning)

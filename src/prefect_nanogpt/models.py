@@ -211,6 +211,10 @@ class TTSRequest(BaseModel):
 
 OF_THE_LINE: Final = ("id", "text", "model", "voice", "take", "options")
 """What a line of a batch has beside options."""
+OPTION_PREFIXES: Final = ("option", "options")
+"""What stands before the point in the name of a column that is an option."""
+REMARK: Final = "#"
+"""What the names of columns begin with that are passed over."""
 
 
 @lru_cache(maxsize=4096)
@@ -246,7 +250,7 @@ def check_option(name: str) -> None:
     """
     if name in OF_THE_LINE:
         raise ValueError(f"{name} is no option but a field of its own, {name!r}")
-    if not name or name.startswith("#") or plain_name(name.partition(".")[0]) in ("option", "options"):
+    if not name or name.startswith(REMARK) or plain_name(name.partition(".")[0]) in OPTION_PREFIXES:
         raise ValueError(f"{name!r} is no option; one called mood is given as 'mood'")
 
 

@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 import fsspec
 
 from prefect_nanogpt.errors import NanoGPTError, hide, passwords_in, without_password
-from prefect_nanogpt.models import decimal_of, plain_name
+from prefect_nanogpt.models import REMARK, decimal_of, plain_name
 
 __all__ = ["NO_OBJECT", "Fault", "Row", "option_value", "read_json", "read_rows"]
 
@@ -28,8 +28,6 @@ SHOWN: Final = 40
 COLUMNS_SHOWN: Final = 10
 MOST_FAULTS: Final = 100
 """After so many things that are no JSON nothing more is looked for: each costs a look at all that is before it."""
-REMARK: Final = "#"
-"""What the names of columns begin with that are passed over."""
 ESCAPE: Final = "\x1b"
 SAVE_AS_UTF8: Final = "Save it as UTF-8; in Excel, that is 'CSV UTF-8'"
 _BYTE_ORDER_MARKS: Final = {
@@ -162,8 +160,9 @@ def _decoded(data: bytes) -> str:
     """
     mark, encoding = next((item for item in _BYTE_ORDER_MARKS.items() if data.startswith(item[0])), (b"", "utf-8"))
     body = data.removeprefix(mark)
+    stripped = body.lstrip() if encoding == "utf-8" else b""
     for beginning, what in _NO_TABLES.items():
-        if encoding == "utf-8" and body.lstrip().startswith(beginning):
+        if stripped.startswith(beginning):
             raise ValueError(f"it is {what}, and not a table. Save the sheet as 'CSV UTF-8'")
     if encoding == "utf-8" and b"\0" in body:
         raise ValueError(

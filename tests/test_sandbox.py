@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -144,18 +145,127 @@ def test_run_ids_can_be_without_dashes() -> None:
         ({"model": "tts-1", "response_format": "opus"}, 400, "unsupported_format"),
         ({"text": "[sandbox:explode]"}, 400, "Known: reject"),
         ({"text": "[sandbox:wait]"}, 400, "Known: reject"),
+        ({"text": "[sandbox:wait 1e999]"}, 400, "Known: reject"),
+        ({"text": "[sandbox:wait 86401]"}, 400, "a number up to 86400"),
+        ({"text": f"[sandbox:wait {'9' * 400}]"}, 400, "a number up to 86400"),
+        ({"text": "[sandbox:busy 99999999999999999999]"}, 400, "a number up to 86400"),
+        ({"text": f"[sandbox:throttle {'9' * 5000}]"}, 400, "a number up to 86400"),
+        ({"text": "[sandbox:busy 1]" * 101}, 400, "100 directives"),
+        ({"text": ["Hello"]}, 400, "text"),
+        ({"text": "half \ud83d of it"}, 400, "Unicode"),
+        ({"text": "Hello\0"}, 400, "NUL"),
+        ({"speed": True}, 400, "speed"),
+        ({"voice": "\udfff"}, 400, "voice"),
+        ({"voice": "v" * 1001}, 400, "1000"),
+        ({"model": "tts-1\0"}, 400, "model"),
         ({"text": "[sandbox:reject]", "model": "tts-1"}, 400, "content_policy_violation"),
     ],
 )
 def test_a_bad_submission_is_refused_and_costs_nothing(
     sandbox: Sandbox, api: httpx.Client, fields: dict[str, Any], code: int, says: str
 ) -> None:
-    answer = submit(api, **fields)
+    body = json.dumps({"text": "Hello there.", "model": MODEL} | fields)  # httpx sends no lone surrogates itself
+    answer = api.post("/tts", content=body)
 
     assert answer.status_code == code
     assert answer.json()["status"] == code
     assert says in answer.text
     assert not sandbox.ledger.charges
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 100_000 + b"]" * 100_000,
+        b'{"text": "Hello", "more": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}",
+        b'{"text": "Hello", "more": ' + b"1" * 5000 + b"}",
+        b'{"text": "Hello", "more": NaN}',
+        b'{"text": "Hello", "more": [-Infinity]}',
+        b'{"text": "Hello", "more": 1e400}',
+        b'{"text": "Hello\xff"}',
+        b'{"text": "Hello \xed\xa0\x80"}',
+        '{"text": "Hello"}'.encode("utf-16"),
+        b"\0" * 8,
+        b"",
+    ],
+)
+@pytest.mark.parametrize("route", ["/tts", "/v1/audio/speech"])
+def test_a_body_that_is_no_json_in_utf_8_is_refused(api: httpx.Client, route: str, body: bytes) -> None:
+    answer = api.post(route, content=body)
+
+    assert answer.status_code == 400
+    assert "JSON object" in answer.text
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/api/tts/status?runId=%ff%zz&model=%",
+        "/api/tts/status?" + "&".join(f"name{n}=x" for n in range(5000)),
+        "/audio/%00.mp3",
+        "/audio/..%2f..%2fetc.mp3",
+        "/%0d%0aset-cookie:%20a=b",
+        "//",
+        "*",
+        "http://elsewhere.example/api/tts",
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS", "CONNECT", "BREW"])
+def test_odd_requests_are_answered_on_both_ports(sandbox: Sandbox, method: str, target: str) -> None:
+    for url in (sandbox.root_url, sandbox.audio_url):
+        answer = raw(url, f"{method} {target} HTTP/1.1", "host: localhost", "x-api-key: any")
+        assert re.match(r"HTTP/1.1 40[045] ", answer), answer
+        assert "set-cookie:" not in answer.partition("\r\n\r\n")[0]
+
+
+def raw(url: str, *head: str) -> str:
+    """Send a head as it is, and return what is answered until the connection closes."""
+    address = httpx.URL(url)
+    with socket.create_connection((address.host, address.port), timeout=20) as connection:
+        connection.sendall("\r\n".join([*head, "connection: close", "", ""]).encode("latin-1"))
+        return b"".join(iter(lambda: connection.recv(65_536), b"")).decode("latin-1")
+
+
+@pytest.mark.parametrize(
+    ("hosts", "status"),
+    [
+        (["localhost"], 200),
+        (["LocalHost:80"], 200),
+        (["api.localhost"], 200),
+        (["127.0.0.1:1"], 200),
+        (["127.1.2.3"], 200),
+        (["[::1]"], 200),
+        (["[::1]:8765"], 200),
+        (["rebound.example"], 421),
+        (["rebound.example:8765"], 421),
+        (["localhost.example"], 421),
+        (["127.0.0.1.example"], 421),
+        (["127.0.0.1:80:80"], 421),
+        (["127.0.0.1, rebound.example"], 421),
+        (["rebound.example@127.0.0.1"], 421),
+        (["192.168.0.1"], 421),
+        (["0.0.0.0"], 421),
+        (["[::ffff:10.0.0.1]"], 421),
+        ([""], 421),
+        ([], 400),  # as HTTP/1.1 wants it
+        (["localhost", "rebound.example"], 400),
+    ],
+)
+def test_only_loopback_names_are_answered_on_both_ports(sandbox: Sandbox, hosts: list[str], status: int) -> None:
+    audio = sandbox.completed_body(sandbox.add_job()["runId"])["audioUrl"]
+    for url in (f"{sandbox.root_url}/_sandbox/requests", audio):
+        answer = raw(url, f"GET {httpx.URL(url).path} HTTP/1.1", *(f"host: {host}" for host in hosts))
+        assert answer.startswith(f"HTTP/1.1 {status} "), answer
+    assert raw(sandbox.root_url, "GET / HTTP/1.0").startswith("HTTP/1.1 421 ")
+
+
+def test_no_page_of_another_site_may_read_or_send_a_key(sandbox: Sandbox) -> None:
+    asks = {"origin": "https://elsewhere.example", "access-control-request-headers": "x-api-key"}
+    for answer in (
+        httpx.options(f"{sandbox.base_url}/tts", headers=asks | {"access-control-request-method": "POST"}),
+        httpx.get(f"{sandbox.root_url}/_sandbox/requests", headers=asks),
+    ):
+        assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
 @pytest.mark.parametrize(
@@ -197,13 +307,16 @@ def test_an_empty_purse_is_told_what_is_needed() -> None:
 
 
 def test_a_job_moves_up_the_queue_and_is_completed() -> None:
-    with Sandbox(job_seconds=0.6) as sandbox, httpx.Client(headers={"x-api-key": KEY}) as client:
+    with Sandbox(job_seconds=1_000) as sandbox, httpx.Client(headers={"x-api-key": KEY}) as client:
         ticket = sandbox.add_job("Hello there.")
-        seen: list[Any] = []
-        while (body := status_at(sandbox, client, ticket))["status"] == "pending":
-            assert body["runId"] == ticket["runId"]
-            seen.append(body.get("queuePosition"))
-        assert [position for position, _ in itertools.groupby(seen)] == [3, 2, 1, None]
+        job = sandbox._api.jobs[ticket["runId"]]
+        for position in (3, 2, 1, None):
+            body = status_at(sandbox, client, ticket)
+            assert (body["status"], body["runId"]) == ("pending", ticket["runId"])
+            assert body.get("queuePosition") == position
+            job.submitted_at -= 210
+        job.submitted_at -= 200
+        body = status_at(sandbox, client, ticket)
         assert body == sandbox.completed_body(ticket["runId"])
         assert client.get(body["audioUrl"]).content == sandbox.audio_bytes(ticket["runId"])
 
@@ -266,18 +379,105 @@ def test_balance_and_catalogue(sandbox: Sandbox, api: httpx.Client) -> None:
     assert "Qwen-3-TTS-1.7B" not in rows, "its price is not known"
 
 
-def test_keys_are_masked_on_the_api_side_and_plain_on_the_audio_side(sandbox: Sandbox, api: httpx.Client) -> None:
+def test_the_pages_show_what_was_asked_and_charged(sandbox: Sandbox, api: httpx.Client) -> None:
     ticket = submit(api).json()
-    httpx.get(status(api, ticket).json()["audioUrl"], headers={"x-api-key": "leaked"})
+    httpx.get(status(api, ticket).json()["audioUrl"])
 
     shown = httpx.get(f"{sandbox.root_url}/_sandbox/requests")
-    assert KEY not in shown.text
-    assert "leaked" in shown.text
+    assert [request["status"] for request in shown.json()["requests"]] == [202, 200, 200, None]
+    assert shown.json()["requests"][1]["query"] == {"runId": ticket["runId"], "model": MODEL}
     assert shown.json()["counts"] == {"submit": 1, "status": 1, "audio": 1, "other": 1}
     ledger = httpx.get(f"{sandbox.root_url}/_sandbox/ledger").json()
     assert ledger["counts"] == {"charge": 1}
     assert ledger["entries"][0]["run_id"] == ticket["runId"]
     assert "not NanoGPT" in httpx.get(sandbox.root_url).json()["about"]
+
+
+@pytest.mark.parametrize("port", ["api", "audio"])
+def test_keys_are_masked_for_people_and_plain_for_tests(
+    sandbox: Sandbox, port: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ("x-api-key", "authorization", "cookie", "set-cookie", "proxy-authorization", "x-amz-security-token")
+    secrets = {name: f"secret-of-{name}" for name in names}
+    url = sandbox.audio_url if port == "audio" else sandbox.root_url
+    with caplog.at_level("INFO", "prefect_nanogpt.sandbox"):
+        httpx.get(
+            f"{url}/audio/ftp://user:password@host/sk-nano-secret.mp3",
+            params={"api_key": "secret", "of": "ftp://user:password@host/", "other": "sk-nano-secret", "cost": "0.1"},
+            headers=secrets | {"referer": "http://elsewhere.example/?token=secret&page=3", "accept-language": "sk-SK"},
+        )
+        page = httpx.get(f"{sandbox.root_url}/_sandbox/requests")
+
+    [shown] = page.json()["requests"][:-1]
+    said = [record.getMessage() for record in caplog.records if "/audio/" in record.getMessage()]
+    assert len(said) == 1
+    for hidden in ("secret-of", "sk-nano-secret", "password@", "secret&"):
+        assert hidden not in page.text + said[0]
+    assert {shown["headers"][name] for name in names} == {"***"}, "that it was there can be seen"
+    assert shown["headers"]["referer"] == "http://elsewhere.example/?token=***&page=3"
+    assert shown["headers"]["accept-language"] == "sk-SK"
+    assert shown["path"] == "/audio/***@host/***.mp3"
+    assert shown["query"] == {"api_key": "***", "of": "***@host/", "other": "***", "cost": "0.1"}
+    [asked] = sandbox.requests()[:-1]
+    assert {name: asked.headers[name] for name in names} == secrets
+    assert asked.query["api_key"] == "secret"
+
+
+def test_a_path_cannot_write_lines_of_its_own_into_the_log(sandbox: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "prefect_nanogpt.sandbox"):
+        httpx.get(f"{sandbox.audio_url}/%0aGET%20/%1b[2J%C3%A9{'x' * 10_000}")
+        httpx.get(sandbox.root_url)  # by its answer, what went before has been logged
+    said = caplog.messages[0]
+    assert re.fullmatch(r"GET /\\nGET /\\x1b\[2J\\xe9x+… -> 404", said)
+    assert len(said) < 400
+
+
+# What is kept
+
+
+def test_requests_are_kept_up_to_so_many_bytes(sandbox: Sandbox, api: httpx.Client) -> None:
+    for n in range(25):
+        assert submit(api, f"{n}", padding="x" * 4_400_000).status_code == 202
+
+    kept = sandbox.requests("submit")
+    assert [request.json["text"] for request in kept] == [f"{n}" for n in range(3, 25)]
+    assert submit(api, padding="x" * 4_500_000).status_code == 413
+    assert sandbox.requests()[-1].json is None
+    assert len(sandbox.requests()) == 23
+
+
+def test_jobs_are_kept_up_to_so_many_bytes_and_their_directives_with_them(sandbox: Sandbox, api: httpx.Client) -> None:
+    first, *others = [
+        sandbox.add_job(f"{'x' * 40_000_000}[sandbox:html][sandbox:busy 1]", charged=False) for _ in range(3)
+    ]
+    url = f"{sandbox.audio_url}/audio/{first['runId']}.mp3"
+
+    assert status(api, first).status_code == 404
+    assert httpx.get(url).json() == {"error": "No such file", "status": 404}
+    assert [status(api, ticket).status_code for ticket in others] == [503, 503]
+
+
+def test_the_ledger_keeps_its_newest_lines_and_counts_all(sandbox: Sandbox) -> None:
+    last = [sandbox.add_job("x") for _ in range(40_010)][-1]
+
+    assert len(sandbox.ledger.entries) == 40_000
+    assert sandbox.ledger.entries[-1].run_id == last["runId"]
+    assert sandbox.ledger.charged_total == 40_010 * Decimal("0.00006")
+    assert sandbox.ledger.balance == 100 - sandbox.ledger.charged_total
+
+
+def test_a_job_that_never_ends_is_let_go_when_its_client_leaves(
+    sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "prefect_nanogpt.sandbox"):
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                f"{sandbox.base_url}/tts", headers={"x-api-key": KEY}, json={"text": "[sandbox:stuck]"}, timeout=0.5
+            )
+        deadline = time.monotonic() + 20
+        while not caplog.messages and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert caplog.messages[0].startswith("POST /api/tts -> no answer")
 
 
 def test_an_answer_takes_no_noticeable_time(sandbox: Sandbox, api: httpx.Client) -> None:
@@ -357,6 +557,21 @@ def test_a_connection_can_be_cut_before_and_within_an_answer(sandbox: Sandbox, a
         with pytest.raises(httpx.RemoteProtocolError, match=error):
             status(api, ticket)
     assert status(api, ticket).status_code == 200
+
+
+def test_a_fault_within_the_sandbox_is_a_500_and_said_in_the_log(
+    sandbox: Sandbox, api: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = status(api, sandbox.add_job()).json()["audioUrl"]
+    sandbox.on_status(None, (1 / 0 for _ in range(1)))
+    sandbox.on_submit([Answer(json=object())])
+    sandbox.on_audio(None, [Answer(headers={"x-name": "\u20ac"})])
+
+    assert status(api, sandbox.add_job()).json()["status"] == 500
+    assert api.post("/v1/audio/speech", json={"input": "Hello"}).json()["error"]["type"] == "server_error"
+    assert httpx.get(url).json()["status"] == 500
+    assert [record.exc_info is not None for record in caplog.records if "failed" in record.getMessage()] == [True] * 3
+    assert httpx.get(url).status_code == 200
 
 
 def test_a_submission_can_be_lost_with_or_without_the_charge(sandbox: Sandbox, api: httpx.Client) -> None:
@@ -507,10 +722,49 @@ def test_the_command_says_what_it_is_serves_and_stops_without_a_traceback(stop: 
 def test_it_listens_on_loopback_only() -> None:
     with pytest.raises(ValueError, match="loopback"):
         Sandbox(host="0.0.0.0")
-    with start_command("--host", "0.0.0.0") as process:
-        _, said = process.communicate(timeout=60)
+    with Sandbox(host="localhost") as sandbox:
+        assert httpx.get(sandbox.root_url).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"port": 99_999}, "port must be from 0 to 65535, not 99999"),
+        ({"port": -1}, "port must be from 0 to 65535"),
+        ({"audio_port": 65_536}, "audio_port must be from 0 to 65535"),
+        ({"port": 8765, "audio_port": 8765}, "a port each"),
+        ({"job_seconds": -1}, "job_seconds"),
+        ({"job_seconds": float("inf")}, "job_seconds"),
+        ({"job_seconds": float("nan")}, "job_seconds"),
+        ({"balance": "-1"}, "balance"),
+        ({"balance": "Infinity"}, "balance"),
+        ({"balance": "NaN"}, "balance"),
+        ({"balance": "1e999999999"}, "balance"),
+        ({"balance": "much"}, "balance"),
+    ],
+)
+def test_values_that_cannot_be_right_are_refused(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Sandbox(**given)
+
+
+def test_a_port_that_is_taken_is_an_error_and_lets_go_of_the_other() -> None:
+    with Sandbox() as sandbox:
+        taken = int(sandbox.root_url.rpartition(":")[2])
+        with pytest.raises(OSError, match=f"127.0.0.1:{taken}"), Sandbox(audio_port=taken):
+            pass
+        with start_command("--port", str(taken)) as process:
+            _, said = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "loopback" in said
+    assert re.fullmatch(rf".* cannot start: .*\(127.0.0.1:{taken}\)\n", said)
+
+
+@pytest.mark.parametrize("arguments", [("--host", "0.0.0.0"), ("--port", "99999"), ("--port", "x"), ("--balance=nan",)])
+def test_bad_usage_of_the_command_is_one_line_and_exit_code_2(arguments: tuple[str, ...]) -> None:
+    with start_command(*arguments) as process:
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert said.count("\n") == 1
     assert "Traceback" not in said
 
 

@@ -2,17 +2,20 @@
 
 import asyncio
 import contextlib
+import ipaddress
 import json
 import logging
 import math
+import re
+import sys
 import threading
 import time
 import uuid
-from collections import Counter, deque
-from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import asdict, dataclass, field
+from collections import Counter, OrderedDict
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from decimal import Decimal
-from typing import Any, Final, Literal
+from typing import Any, Final, Generic, Literal, TypeVar
 from urllib.parse import parse_qsl
 
 from .jobs import DEFAULT_MODEL, MODELS, InsufficientBalance, Job, Ledger, new_job
@@ -34,14 +37,24 @@ logger = logging.getLogger("prefect_nanogpt.sandbox")
 
 Kind = Literal["submit", "status", "audio", "balance", "models", "other"]
 Message = MutableMapping[str, Any]
+Key = TypeVar("Key")
+Item = TypeVar("Item")
 
 _MAX_BODY: Final = 4_500_000  # bytes; reported of the provider's website edge
 _MAX_CHARS: Final = 20_000  # where a model's own limit is not known
-_KEPT_REQUESTS: Final = 20_000
-_KEPT_JOBS: Final = 20_000
+_LONGEST_STRING: Final = 1000  # characters of any other field; the sandbox's own limit
+_KEPT: Final = 20_000  # requests, and jobs
+_KEPT_BYTES: Final = 100_000_000  # of requests, and of jobs
+_LOGGED_PATH: Final = 300  # characters
 _RANGES: Final = {"speed": (0.1, 5), "stability": (0, 1), "similarity_boost": (0, 1), "style": (0, 1)}
 _STRINGS: Final = ("model", "voice", "language", "response_format")
-_SECRET_HEADERS: Final = ("x-api-key", "authorization")
+_SECRET_NAME: Final = r"key|token|secret|passw|auth|cookie|credential|signature"
+_NAMES_A_SECRET: Final = re.compile(_SECRET_NAME, re.IGNORECASE)
+# A parameter of a URL within a text, and a key of the provider's. The repetition has a limit, for long texts' sake.
+_SECRET: Final = re.compile(rf"((?:{_SECRET_NAME})[\w-]{{0,40}}=)[^&;\s]+|\bsk-[\w-]{{8,}}", re.IGNORECASE)
+# Half of a character, which only JSON's escapes can name, and the end of a string in C.
+_NOT_TEXT: Final = re.compile("[\0\ud800-\udfff]")
+_AUTHORITY: Final = re.compile(r"(\[[^\[\]]*\]|[^:\[\]]*)(:[0-9]*)?")
 _ERROR_TYPES: Final = {401: "authentication_error", 402: "insufficient_balance", 429: "rate_limit_error"}
 _ABOUT: Final = "This is the sandbox of prefect-nanogpt, a local stand-in. It is not NanoGPT."
 
@@ -56,7 +69,7 @@ class RecordedRequest:
         at: The same in seconds since the epoch.
         run_id: The job it is about, where one can be told.
         status: What it was answered with; None before, and where no answer was begun.
-        json: The body, where it is JSON.
+        body: The body of a submission.
     """
 
     kind: Kind
@@ -65,19 +78,63 @@ class RecordedRequest:
     path: str
     query: dict[str, str]
     headers: dict[str, str]
-    json: Any = None
+    body: bytes = b""
     run_id: str | None = None
     status: int | None = None
     received_at: float = field(default_factory=time.monotonic)
     at: float = field(default_factory=time.time)
 
+    @property
+    def json(self) -> Any:
+        """The body of a submission, where it is JSON."""
+        return _parse(self.body)
+
+    @property
+    def size(self) -> int:
+        """Roughly what it takes of memory, in bytes."""
+        texts = (self.path, self.run_id, *self.query, *self.query.values(), *self.headers, *self.headers.values())
+        return 1000 + len(self.body) + sum(map(sys.getsizeof, texts))
+
     def masked(self) -> dict[str, Any]:
-        """The request for people to see: no body, and no key that was sent to the API."""
-        shown = asdict(self)
-        del shown["json"]
-        if self.host == "api":
-            shown["headers"] = {k: "***" if k in _SECRET_HEADERS else v for k, v in self.headers.items()}
-        return shown
+        """The request for people to see: no body, and `***` where a key, a cookie or a password was."""
+        shown = {attribute.name: getattr(self, attribute.name) for attribute in fields(self)}
+        del shown["body"]
+        return shown | {
+            "path": _masked(self.path),
+            "run_id": self.run_id and _masked(self.run_id),
+            "query": {_masked(name): _masked(value, name) for name, value in self.query.items()},
+            "headers": {name: _masked(value, name) for name, value in self.headers.items()},
+        }
+
+
+class _Newest(Generic[Key, Item]):
+    """The newest items by their keys: no more than so many, and in all than so many bytes; the oldest go first."""
+
+    def __init__(self) -> None:
+        self._items: OrderedDict[Key, tuple[Item, int]] = OrderedDict()
+        self._bytes = 0
+
+    def add(self, key: Key, item: Item, size: int) -> list[Key]:
+        """Keep one more, and return the keys of those that had to go for it."""
+        self._bytes += size - self._items.pop(key, (item, 0))[1]
+        self._items[key] = item, size
+        dropped = []
+        while len(self._items) > _KEPT or self._bytes > _KEPT_BYTES:
+            oldest, (_, freed) = self._items.popitem(last=False)
+            self._bytes -= freed
+            dropped.append(oldest)
+        return dropped
+
+    def get(self, key: Key) -> Item | None:
+        """Return an item, or None where it is not kept."""
+        kept = self._items.get(key)
+        return kept[0] if kept else None
+
+    def __getitem__(self, key: Key) -> Item:
+        return self._items[key][0]
+
+    def __iter__(self) -> Iterator[Item]:
+        return (item for item, _ in self._items.values())
 
 
 class Api:
@@ -98,9 +155,9 @@ class Api:
         self.ledger = Ledger(balance)
         self.studio = Studio(speak)
         self.audio_url = ""
-        self.jobs: dict[str, Job] = {}
+        self.jobs: _Newest[str, Job] = _Newest()
         self.scripts = Scripts()
-        self.log: deque[RecordedRequest] = deque(maxlen=_KEPT_REQUESTS)
+        self.log: _Newest[int, RecordedRequest] = _Newest()
         self.arrived: Counter[Kind] = Counter()
         self.changed = threading.Condition()  # guards scripts, log and arrived
         self._routes: dict[tuple[str, str], tuple[Kind, Callable[[RecordedRequest], Awaitable[Answer]]]] = {
@@ -134,30 +191,14 @@ class Api:
             body = await connection.body()
             if body is None:
                 return
-            scope = connection.scope
-            request = RecordedRequest(
-                kind=kind,
-                host=host,
-                method=scope["method"],
-                path=scope["path"],
-                query=dict(parse_qsl(scope["query_string"].decode("latin-1"))),
-                headers={name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]},
-                json=_parse(body) if kind == "submit" else None,
-            )
-            connection.request = request
-            if kind == "status":
-                request.run_id = request.query.get("runId")
-            elif kind == "audio":
-                request.run_id = request.path.removeprefix("/audio/").rpartition(".")[0]
-            with self.changed:
-                self.log.append(request)
-                self.arrived[kind] += 1
-                self.changed.notify_all()
-            if len(body) > _MAX_BODY:
-                await connection.deliver(_error(request, 413, "Request body too large."))
-                return
-            refusal = self._check_key(request) if kind in ("submit", "status", "balance") else None
-            await self._play(refusal or self._next_scripted(request), request, handler, connection)
+            request = connection.request = self._record(kind, host, connection.scope, body)
+            try:
+                refusal = self._refusal(request, connection.scope, len(body))
+                await self._play(refusal or self._next_scripted(request), request, handler, connection)
+            except Exception:
+                logger.exception("%s %s failed", request.method, _printable(request.path))
+                if not connection.begun:
+                    await connection.deliver(_error(request, 500, "The sandbox failed. Its log says how."))
         except asyncio.CancelledError:
             pass  # The sandbox is stopping; the connection is closed below.
         finally:
@@ -165,6 +206,38 @@ class Api:
                 await connection.close()
             if logger.isEnabledFor(logging.INFO) and connection.request:
                 _log(connection.request)
+
+    def _record(self, kind: Kind, host: Literal["api", "audio"], scope: Message, body: bytes) -> RecordedRequest:
+        request = RecordedRequest(
+            kind=kind,
+            host=host,
+            method=scope["method"],
+            path=scope["path"],
+            query=dict(parse_qsl(scope["query_string"].decode("latin-1"))),
+            headers={name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]},
+            body=body if kind == "submit" and len(body) <= _MAX_BODY else b"",
+        )
+        if kind == "status":
+            request.run_id = request.query.get("runId")
+        elif kind == "audio":
+            request.run_id = request.path.removeprefix("/audio/").rpartition(".")[0]
+        with self.changed:
+            self.arrived[kind] += 1
+            self.log.add(self.arrived.total(), request, request.size)
+            self.changed.notify_all()
+        return request
+
+    def _refusal(self, request: RecordedRequest, scope: Message, length: int) -> Answer | None:
+        """The answer to a request that nobody is to look at: not meant for this host, too large, or without a key."""
+        hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+        if len(hosts) != 1 or not _names_loopback(hosts[0]):
+            # A page in a browser whose own name was pointed at 127.0.0.1 comes under that name.
+            return _error(
+                request, 421, "The Host must be localhost, 127.0.0.1 or [::1]: others are not this sandbox's."
+            )
+        if length > _MAX_BODY:
+            return _error(request, 413, "Request body too large.")
+        return self._check_key(request) if request.kind in ("submit", "status", "balance") else None
 
     def _next_scripted(self, request: RecordedRequest) -> Reply | None:
         # A HEAD must not use up what is meant for the download.
@@ -183,7 +256,7 @@ class Api:
         """Give the scripted reply, or the handler's normal answer with or without a fault in its delivery."""
         match reply:
             case Hang(seconds):
-                await asyncio.sleep(seconds)
+                await connection.pause(seconds)
             case Cut(after_bytes=None):
                 pass
             case Accept():
@@ -192,7 +265,7 @@ class Api:
                 async def accepted(_: RecordedRequest) -> Answer:
                     return answer
 
-                await asyncio.sleep(reply.delay)
+                await connection.pause(reply.delay)
                 await self._play(reply.then, request, accepted, connection)
             case Answer():
                 self._refund_if_rejected(request, reply)
@@ -204,7 +277,8 @@ class Api:
                     # The audio of a binary answer takes the faults that the text asks of the download.
                     with self.changed:
                         reply = self.scripts.take("audio", request.run_id)
-                    answer = reply if isinstance(reply, Answer) else answer
+                    if isinstance(reply, Answer):
+                        answer = replace(reply, delay=answer.delay + reply.delay)
                 await connection.deliver(answer, reply)
 
     # Submission
@@ -216,13 +290,16 @@ class Api:
         text = fields.get("text", fields.get("input"))
         if not isinstance(text, str) or not text.strip():
             return _error(request, 400, "Missing required parameter: text")
+        if _NOT_TEXT.search(text):
+            return _error(request, 400, "text must be whole Unicode characters, without NUL")
         for name, (low, high) in _RANGES.items():
             value = fields.get(name, low)
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
                 return _error(request, 400, f"{name} must be a number from {low} to {high}")
         for name in _STRINGS:
-            if not isinstance(fields.get(name, ""), str):
-                return _error(request, 400, f"{name} must be a string")
+            value = fields.get(name, "")
+            if not isinstance(value, str) or len(value) > _LONGEST_STRING or _NOT_TEXT.search(value):
+                return _error(request, 400, f"{name} must be a string, {_LONGEST_STRING} characters at most, no NUL")
         model = MODELS.get(fields.get("model") or DEFAULT_MODEL)
         if model is None:
             known = ", ".join(MODELS)
@@ -260,7 +337,7 @@ class Api:
             if accept.minimal:
                 ticket = {"status": "pending", "runId": job.run_id}
             return Answer(accept.status_code, ticket)
-        await asyncio.sleep(math.inf if directives.outcome == "stuck" else directives.seconds or 0)
+        delay = math.inf if directives.outcome == "stuck" else directives.seconds or 0
         if model.answers == "url" and request.path == "/api/tts":
             body = self.completed_body(job.run_id) | {
                 "text": directives.spoken,
@@ -270,15 +347,14 @@ class Api:
                 "currency": "USD",
             }
             del body["status"]
-            return Answer(json=body)
-        return await self._audio_of(job)
+            return Answer(json=body, delay=delay)
+        return replace(await self._audio_of(job), delay=delay)
 
     def add(self, job: Job) -> None:
         """Take a job in, with what its text asks for."""
         with self.changed:
-            self.jobs[job.run_id] = job
-            if len(self.jobs) > _KEPT_JOBS:
-                del self.jobs[next(iter(self.jobs))]
+            for dropped in self.jobs.add(job.run_id, job, job.size):
+                self.scripts.forget(dropped)
             for surface, replies in job.directives.scripts:
                 self.scripts.add(surface, job.run_id, replies)
 
@@ -367,7 +443,9 @@ class Api:
     async def _show_requests(self, _: RecordedRequest) -> Answer:
         with self.changed:
             log, counts = list(self.log), dict(self.arrived)
-        return Answer(json={"counts": counts, "requests": [request.masked() for request in log]})
+        # In a thread: a full log takes a second or two.
+        shown = await asyncio.to_thread(lambda: [request.masked() for request in log])
+        return Answer(json={"counts": counts, "requests": shown})
 
     async def _about(self, _: RecordedRequest) -> Answer:
         pages = [f"{method} {path}" for method, path in self._routes]
@@ -383,7 +461,7 @@ class _Connection:
     def __init__(self, scope: Message, receive: Any, send: Any) -> None:
         self.scope = scope
         self.request: RecordedRequest | None = None
-        self.finished = False
+        self.begun = self.finished = False
         self._receive = receive
         self._send = send
         self._transport: asyncio.Transport = scope["state"]["transport"]
@@ -401,9 +479,20 @@ class _Connection:
             if not message.get("more_body"):
                 return bytes(body)
 
+    async def pause(self, seconds: float) -> bool:
+        """Let so many seconds pass, or fewer where the client leaves; return whether it is still there."""
+        try:
+            async with asyncio.timeout(seconds):
+                while (await self._receive())["type"] != "http.disconnect":
+                    pass
+        except TimeoutError:
+            return True
+        return False
+
     async def deliver(self, answer: Answer, fault: Reply | None = None) -> None:
         """Send an answer, cut or slowed down where the fault says so."""
-        await asyncio.sleep(answer.delay)
+        if answer.delay and not await self.pause(answer.delay):
+            return
         body, content_type = _encode(answer)
         headers = {
             "content-type": content_type,
@@ -414,6 +503,7 @@ class _Connection:
         raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
         if self.request:
             self.request.status = answer.status
+        self.begun = True
         await self._send({"type": "http.response.start", "status": answer.status, "headers": raw})
         pieces = [(body, 0.0)]  # and the seconds of silence after each
         match fault:
@@ -427,8 +517,7 @@ class _Connection:
                 pieces = [(body[i : i + step], step / rate) for i in range(0, len(body), step)] or pieces
         for piece, pause in pieces[:-1]:
             await self._send({"type": "http.response.body", "body": piece, "more_body": True})
-            await asyncio.sleep(pause)
-            if self._transport.is_closing():
+            if not await self.pause(pause):
                 return
         await self._send({"type": "http.response.body", "body": pieces[-1][0]})
         self.finished = True
@@ -451,10 +540,49 @@ def _encode(answer: Answer) -> tuple[bytes, str]:
 
 
 def _parse(body: bytes) -> Any:
+    """The JSON of a body; None where it is none, or nested too deeply."""
     try:
-        return json.loads(body)
-    except ValueError:
+        return json.loads(body.decode("utf-8-sig"), parse_float=_finite, parse_constant=_finite)
+    except (ValueError, RecursionError):
         return None
+
+
+def _finite(literal: str) -> float:
+    number = float(literal)
+    if not math.isfinite(number):
+        raise ValueError("JSON has no such number.")
+    return number
+
+
+def is_loopback(host: str) -> bool:
+    """Whether it is an IP address of this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _names_loopback(host: str) -> bool:
+    """Whether a Host header, with or without a port, means this machine for every client."""
+    authority = _AUTHORITY.fullmatch(host.lower())
+    name = authority[1].strip("[]") if authority else ""
+    return name == "localhost" or name.endswith(".localhost") or is_loopback(name)
+
+
+def _masked(text: str, name: str = "") -> str:
+    """A text of a request, which may have a name, without what may be secret in it."""
+    if _NAMES_A_SECRET.search(name):
+        return "***"
+    before, at, after = text.rpartition("@")
+    if at and (user := re.search("//|:", before)):  # a URL's user and password, which may hold any character
+        text = f"{before[: before.rfind('/', 0, user.end()) + 1]}***@{after}"
+    return _SECRET.sub(lambda found: f"{found[1] or ''}***", text)
+
+
+def _printable(path: str) -> str:
+    """A path on a line of a log, whatever characters a client put into it."""
+    shown = ascii(_masked(path))[1:-1]
+    return shown if len(shown) <= _LOGGED_PATH else f"{shown[:_LOGGED_PATH]}…"
 
 
 def _error(request: RecordedRequest, status: int, message: str, code: str | None = None, **extra: Any) -> Answer:
@@ -468,5 +596,6 @@ def _error(request: RecordedRequest, status: int, message: str, code: str | None
 
 
 def _log(request: RecordedRequest) -> None:
-    about = f" run {request.run_id}" if request.run_id and request.run_id not in request.path else ""
-    logger.info("%s %s -> %s%s", request.method, request.path, request.status or "no answer", about)
+    run_id = request.run_id if request.run_id and request.run_id not in request.path else None
+    about = f" run {_printable(run_id)}" if run_id else ""
+    logger.info("%s %s -> %s%s", request.method, _printable(request.path), request.status or "no answer", about)

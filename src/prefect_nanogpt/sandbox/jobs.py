@@ -1,9 +1,11 @@
 """The sandbox's models, jobs and money."""
 
 import math
+import sys
 import threading
 import time
 import uuid
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Final, Literal
@@ -63,6 +65,8 @@ _ELEVENLABS: Final = (
 )
 _OPENAI: Final = "alloy ash ballad coral echo fable onyx nova sage shimmer verse"
 
+_KEPT_ENTRIES: Final = 40_000  # a charge and a refund for each of the jobs that are kept
+
 DEFAULT_MODEL: Final = "Kokoro-82m"
 MODELS: Final = {
     model.id: model
@@ -95,6 +99,12 @@ class Job:
     def file_name(self) -> str:
         """Name of the audio file on the audio host."""
         return f"{self.run_id}.{self.utterance.format}"
+
+    @property
+    def size(self) -> int:
+        """Roughly what it takes of memory, in bytes."""
+        texts = (self.utterance.text, self.utterance.voice, self.utterance.language)
+        return 1000 * (1 + len(self.directives.scripts)) + sum(map(sys.getsizeof, texts))
 
     def ticket(self, charged: bool = True) -> dict[str, Any]:
         """The provider's answer to the submission."""
@@ -177,12 +187,13 @@ class InsufficientBalance(Exception):
 
 
 class Ledger:
-    """The account's money, in US dollars. Safe to read from any thread."""
+    """The account's money, in US dollars. Safe to read from any thread. The newest 40,000 lines are kept."""
 
     def __init__(self, balance: Decimal) -> None:
         self._balance = balance
-        self._entries: list[Entry] = []
-        self._refundable: dict[str, Entry] = {}
+        self._charged_total = Decimal(0)
+        self._entries: deque[Entry] = deque(maxlen=_KEPT_ENTRIES)
+        self._refundable: OrderedDict[str, Entry] = OrderedDict()
         self._lock = threading.Lock()
 
     def charge(self, job: Job, characters: int) -> None:
@@ -196,8 +207,11 @@ class Ledger:
                 raise InsufficientBalance
             entry = Entry("charge", job.run_id, job.model.id, job.cost, characters, time.time())
             self._balance -= job.cost
+            self._charged_total += job.cost
             self._entries.append(entry)
             self._refundable[job.run_id] = entry
+            if len(self._refundable) > _KEPT_ENTRIES:
+                self._refundable.popitem(last=False)
 
     def refund(self, run_id: str) -> bool:
         """Give back what the job cost, once; return whether anything was."""
@@ -211,24 +225,25 @@ class Ledger:
 
     @property
     def entries(self) -> list[Entry]:
-        """All lines, oldest first."""
+        """The lines that are kept, oldest first."""
         with self._lock:
             return list(self._entries)
 
     @property
     def charges(self) -> list[Entry]:
-        """The charges, oldest first."""
+        """The charges among them, oldest first."""
         return [entry for entry in self.entries if entry.kind == "charge"]
 
     @property
     def refunds(self) -> list[Entry]:
-        """The refunds, oldest first."""
+        """The refunds among them, oldest first."""
         return [entry for entry in self.entries if entry.kind == "refund"]
 
     @property
     def charged_total(self) -> Decimal:
-        """Sum of the charges, refunded ones included."""
-        return sum((entry.amount for entry in self.charges), Decimal(0))
+        """Sum of all charges since the start, refunded ones included."""
+        with self._lock:
+            return self._charged_total
 
     @property
     def balance(self) -> Decimal:

@@ -5,7 +5,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import repeat
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 Surface = Literal["submit", "status", "audio"]
 
@@ -103,6 +103,11 @@ class Scripts:
         """Queue replies; a mapping is the JSON of a 200, None is the normal behaviour."""
         self._waiting[surface, run_id].append(map(_as_reply, replies))
 
+    def forget(self, run_id: str) -> None:
+        """Drop what waits for a job."""
+        for surface in get_args(Surface):
+            self._waiting.pop((surface, run_id), None)
+
     def take(self, surface: Surface, run_id: str | None) -> Reply | None:
         """Return the next reply for this request, or None for the normal behaviour."""
         if not self._waiting:
@@ -139,10 +144,12 @@ class Directives:
 
 
 class DirectiveError(ValueError):
-    """The text holds a directive that is not known, lacks its number or has one too many."""
+    """The text holds a directive that is not known, or lacks its number or has a wrong one, or holds too many."""
 
 
 _KNOWN: Final = "reject, fail, stuck, wait N, busy N, throttle N, html, truncate, empty, gone"
+_MOST_DIRECTIVES: Final = 100  # in a text
+_LARGEST_NUMBER: Final = 86_400  # a day in seconds
 _DIRECTIVE: Final = re.compile(r"\[sandbox:([^\]]*)\]\s?", re.IGNORECASE)
 _HTML: Final = Answer(
     body="<!doctype html><title>Sandbox</title><p>A web page where audio was expected.",
@@ -157,7 +164,10 @@ def parse_directives(text: str) -> Directives:
         DirectiveError: If one is not understood; the message names the known ones.
     """
     found = Directives(spoken=_DIRECTIVE.sub("", text).strip() or "This is the sandbox.")
-    for directive in _DIRECTIVE.findall(text):
+    directives = _DIRECTIVE.findall(text)
+    if len(directives) > _MOST_DIRECTIVES:
+        raise DirectiveError(f"A text may hold {_MOST_DIRECTIVES} directives of the sandbox at most.")
+    for directive in directives:
         match [_number(word) for word in directive.lower().split()]:
             case [("reject" | "fail" | "stuck") as outcome]:
                 found.outcome = outcome
@@ -177,12 +187,14 @@ def parse_directives(text: str) -> Directives:
             case ["gone"]:
                 found.scripts.append(("audio", repeat(_legacy_error(404, "The file is gone"))))
             case _:
-                raise DirectiveError(f"[sandbox:{directive}] is not a directive. Known: {_KNOWN} (N a number).")
+                known = f"{_KNOWN} (N a number up to {_LARGEST_NUMBER})"
+                raise DirectiveError(f"[sandbox:{directive}] is not a directive. Known: {known}.")
     return found
 
 
 def _number(word: str) -> str | float:
-    return float(word) if re.fullmatch(r"\d+(\.\d+)?", word) else word
+    is_number = re.fullmatch(r"\d+(\.\d+)?", word) and float(word) <= _LARGEST_NUMBER
+    return float(word) if is_number else word
 
 
 def _legacy_error(status: int, message: str, headers: Mapping[str, str] | None = None) -> Answer:

@@ -3,26 +3,28 @@
 import asyncio
 import contextlib
 import functools
-import ipaddress
 import logging
+import math
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any, Literal, Self
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from .api import Api, Kind, RecordedRequest, logger
+from .api import Api, Kind, RecordedRequest, is_loopback, logger
 from .jobs import DEFAULT_MODEL, MODELS, Ledger, new_job
 from .script import Reply, parse_directives
 
 _KEEP_ALIVE_SECONDS = 75
+_LAST_PORT = 65_535
+_MOST_MONEY = 10**15  # cents of a cent are still exact beside it
 
 
 class Sandbox:
@@ -40,7 +42,7 @@ class Sandbox:
         speak: False for tones instead of speech, which cost next to nothing.
 
     Raises:
-        ValueError: If the host is not a loopback address.
+        ValueError: If the host is not a loopback address, or a number cannot be right.
         OSError: From `__enter__`, if a port is taken.
 
     Example:
@@ -63,8 +65,17 @@ class Sandbox:
         refund_needs_ticket: bool = True,
         speak: bool = True,
     ) -> None:
-        if host != "localhost" and not _is_loopback(host):
+        if host != "localhost" and not is_loopback(host):
             raise ValueError(f"The sandbox listens on loopback addresses only, not on {host!r}.")
+        for name, number in (("port", port), ("audio_port", audio_port)):
+            if not 0 <= number <= _LAST_PORT:
+                raise ValueError(f"{name} must be from 0 to {_LAST_PORT}, not {number}.")
+        if port and port == audio_port:
+            raise ValueError(f"The API and the audio host need a port each: both were given {port}.")
+        if not 0 <= job_seconds < math.inf:
+            raise ValueError(f"job_seconds must be a finite number, 0 or more, not {job_seconds}.")
+        if not _is_money(balance):
+            raise ValueError(f"balance must be an amount from 0 to {_MOST_MONEY}, not {balance}.")
         self._host, self._port, self._audio_port = host, port, audio_port
         self._api = Api(
             job_seconds=job_seconds,
@@ -81,12 +92,12 @@ class Sandbox:
         with contextlib.ExitStack() as opened:
             for port in (self._port, self._audio_port):
                 self._sockets.append(opened.enter_context(_listen(self._host, port)))
+            self.root_url, self.audio_url = (self._url(listener) for listener in self._sockets)
+            self.base_url = f"{self.root_url}/api"
+            self._api.audio_url = self.audio_url
+            self._thread.start()
+            self._started.result()
             opened.pop_all()
-        self.root_url, self.audio_url = (self._url(listener) for listener in self._sockets)
-        self.base_url = f"{self.root_url}/api"
-        self._api.audio_url = self.audio_url
-        self._thread.start()
-        self._started.result()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -159,7 +170,11 @@ class Sandbox:
         return self._api.ledger
 
     def requests(self, kind: Kind | None = None) -> list[RecordedRequest]:
-        """Return the newest 20,000 requests, oldest first, of one kind or all."""
+        """Return the newest requests, 20,000 or 100 MB of them, oldest first, of one kind or all.
+
+        They are as they came, with keys and cookies: a test may look at the headers of the `audio` ones for a key
+        that went to the wrong host. For people to see there is `masked()`.
+        """
         with self._api.changed:
             return [request for request in self._api.log if kind in (None, request.kind)]
 
@@ -233,10 +248,10 @@ class _Protocol(H11Protocol):
         self.access_log = False
 
 
-def _is_loopback(host: str) -> bool:
+def _is_money(amount: str | Decimal) -> bool:
     try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
+        return 0 <= Decimal(amount) <= _MOST_MONEY
+    except InvalidOperation:  # not a number, or NaN
         return False
 
 
@@ -272,6 +287,10 @@ def serve(
         job_seconds: How long an asynchronous job takes, in seconds.
         balance: The pretended account's money, in US dollars.
         speak: Speech; else tones, which cost next to nothing.
+
+    Raises:
+        ValueError: If the host is not a loopback address, or a number cannot be right.
+        OSError: If a port is taken.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s sandbox %(message)s", "%H:%M:%S"))
@@ -297,8 +316,6 @@ def serve(
             while not stop.wait(1):  # in slices, so that Ctrl-C is noticed on Windows too
                 pass
         logger.info("Stopped.")
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"The sandbox cannot start: {error}") from None
     finally:
         logger.removeHandler(handler)
 

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import io
 import math
+import re
 import threading
 import wave
 import zlib
@@ -24,6 +25,8 @@ CONTENT_TYPES: Final[dict[Format, str]] = {"mp3": "audio/mpeg", "wav": "audio/wa
 
 # Characters per second of the tone: roughly the pace of English speech.
 _PACE: Final = 15.0
+# The most that is spoken of one text, in seconds: emoji are read out by their names, which takes hours of a long text.
+_LONGEST_SPEECH: Final = 3600
 # How much text's audio is kept, in characters: some 20 MB as MP3, or 150 MB as WAV.
 _CACHED_CHARACTERS: Final = 50_000
 
@@ -41,6 +44,8 @@ _LANGUAGE_NAMES: Final = (
 _KOKORO_LETTERS: Final = "a:en-us b:en e:es f:fr h:hi i:it j:ja p:pt-br z:cmn"
 _LANGUAGES: Final = dict(pair.split(":") for pair in _LANGUAGE_NAMES.split())
 _KOKORO_LANGUAGES: Final = dict(pair.split(":") for pair in _KOKORO_LETTERS.split())
+# The engine reads the file of that name: a path must not lead it to another one.
+_LANGUAGE_NAME: Final = re.compile(r"[a-z0-9 ()-]{2,40}")
 # First and last letter of a script, and a language written in it. Kana before Han: Japanese has both.
 _SCRIPTS: Final = (
     ("\u3040", "\u30ff", "ja"),
@@ -164,7 +169,7 @@ class _Espeak:
     def _collect(self, samples: int | None, count: int, _events: int | None) -> int:
         if samples and count > 0:
             self._pcm += ctypes.string_at(samples, 2 * count)
-        return 0
+        return int(len(self._pcm) > 2 * self.rate * _LONGEST_SPEECH)  # 1 ends the synthesis
 
     def speak(self, utterance: Utterance) -> bytes:
         """Return 16-bit mono samples at `self.rate` hertz; empty when there is nothing to say in the text."""
@@ -200,6 +205,8 @@ def _cast(utterance: Utterance) -> tuple[str, str, int]:
     language = utterance.language.lower()
     if language in ("", "auto"):
         language = _language_of(utterance.text) or (_KOKORO_LANGUAGES[voice[0]] if kokoro else "en-us")
+    if not _LANGUAGE_NAME.fullmatch(language):
+        language = "en-us"
     return _LANGUAGES.get(language, language), variants[number % len(variants)], 40 + number // 16 % 25
 
 

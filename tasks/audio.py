@@ -8,6 +8,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from prefect_nanogpt.client import NanoGPTClient
+from prefect_nanogpt.connections import split_login
 from prefect_nanogpt.credentials import NanoGPTCredentials, nanogpt_client
 from prefect_nanogpt.errors import AudioError
 from prefect_nanogpt.models import AudioContent, AudioFile, Completed
@@ -98,4 +99,5 @@ async def download_to(place: Destination, client: NanoGPTClient, audio: Complete
             stem,
             expected_bytes=int(length) if length and not encoded else None,
         )
-    return saved.model_copy(update={"cost": audio.cost, "currency": audio.currency, "source_url": audio.audio_url})
+    source_url, _ = split_login(audio.audio_url)
+    return saved.model_copy(update={"cost": audio.cost, "currency": audio.currency, "source_url": source_url})

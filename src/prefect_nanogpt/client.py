@@ -1,6 +1,8 @@
 """NanoGPT's text-to-speech API over HTTP: submit, poll, download. Nothing of Prefect, and no retries.
 
-Every failure becomes one of `prefect_nanogpt.errors`, which says whether repeating the call can help.
+Every failure becomes one of `prefect_nanogpt.errors`, which says whether repeating the call can help. What comes from
+the provider is bounded here: how long an answer takes, how large it is, packed and unpacked, and how large its numbers
+are; `prefect_nanogpt.models` bounds its words.
 """
 
 from __future__ import annotations
@@ -8,26 +10,32 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextvars
-import ipaddress
 import json
 import math
+import os
 import platform
-import socket
+import re
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, closing
+import zlib
+from base64 import b64encode
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from email.utils import parsedate_to_datetime
-from http.cookiejar import DefaultCookiePolicy
+from functools import lru_cache
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
+from urllib.parse import quote
 
 import anyio
 import httpx
+from pydantic import SecretStr
 
 from prefect_nanogpt import __version__
+from prefect_nanogpt.connections import AudioHosts, AudioTransport, split_login
 from prefect_nanogpt.errors import (
     CONTENT_POLICY_VIOLATION,
     AudioError,
@@ -36,9 +44,11 @@ from prefect_nanogpt.errors import (
     NothingSent,
     ProviderError,
     SubmissionUncertain,
-    without_password,
+    hide,
+    without_login,
 )
 from prefect_nanogpt.models import (
+    LONGEST_WORD,
     AudioContent,
     SpeechModel,
     Submission,
@@ -46,25 +56,41 @@ from prefect_nanogpt.models import (
     TTSRequest,
     TTSStatus,
     error_in,
+    one_line,
     parse_speech_model,
     parse_status,
     parse_submission,
 )
 
-__all__ = ["DEFAULT_BASE_URL", "NanoGPTClient", "in_own_thread", "split_login"]
+__all__ = ["DEFAULT_BASE_URL", "INVALID_CREDENTIALS", "NanoGPTClient", "in_own_thread", "problem_with_base_url"]
 
 R = TypeVar("R")
 DEFAULT_BASE_URL: Final = "https://nano-gpt.com/api"
+INVALID_CREDENTIALS: Final = "INVALID_CREDENTIALS"
+"""Something was given, and it cannot be used: that is not the same as nothing."""
 
 STATUS_TIMEOUT: Final = httpx.Timeout(30.0, connect=10.0, pool=None)
 # Models that answer with the audio itself take as long as the speech takes to make.
 SUBMIT_TIMEOUT: Final = httpx.Timeout(180.0, connect=10.0, write=30.0, pool=None)
+# The timeouts above begin anew with each byte. These are for the whole.
+LONGEST_LOOK_SECONDS: Final = 30.0
 LONGEST_ANSWER_SECONDS: Final = 240.0
+LARGEST_JSON_BYTES: Final = 8 * 1024**2
+LARGEST_ANSWER_BYTES: Final = 128 * 1024**2
+"""Of a submission, which some models answer with the audio."""
 REQUESTS_AT_ONCE: Final = 16
 """httpx's pool slows down with the square of the requests that wait in it, so they wait in front of it."""
 DOWNLOADS_AT_ONCE: Final = 8
 MAX_REDIRECTS: Final = 5
 ODD_ANSWER_SHOWN: Final = 300
+LONGEST_FAULT: Final = 300
+"""How much is shown of the text of a transport error, which may quote what came, in characters."""
+LONGEST_RETRY_AFTER_SECONDS: Final = 366 * 86_400.0
+MOST_DIGITS: Final = 40
+"""Of a number: an amount of XNO has thirty decimals. Beyond, nothing can be meant by it."""
+SHORTEST_TO_MASK: Final = 9
+"""What is secret is masked where the provider repeats it. What is shorter is that of a sandbox, and may be a word like
+others."""
 
 _RETRYABLE_STATUSES: Final = frozenset({404, 408, 429})
 # A redirect with one of these says that the resource is elsewhere, so nothing was done about the request here.
@@ -77,10 +103,73 @@ _NOTHING_SENT: Final = (
     httpx.ProxyError,
     httpx.UnsupportedProtocol,
 )
+# What httpx raises for an answer that is none: of its own kind, of a redirect's URL, of the codecs.
+_FAULTS: Final = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, ValueError)
 UNREACHABLE: Final = "PROVIDER_UNREACHABLE"
 LAST_WORD_SECONDS: Final = 25.0
 """How long a process that is being stopped waits for the answer to a submission: Prefect kills it after 30 s."""
 ONE_INTERRUPTION_SECONDS: Final = 1.0
+_RUN_ID: Final = re.compile(rb'"runId"\s*:\s*("(?:[^"\\]|\\.){1,600}"|\d{1,600})')
+
+
+@dataclass(frozen=True, repr=False)
+class _Answer:
+    """What the API has answered.
+
+    Attributes:
+        status: The HTTP status.
+        headers: The headers.
+        content: The body, unpacked, or what there is of it.
+        problem: Why that is not all, as the end of a sentence.
+        secrets: What is not to be repeated of it.
+    """
+
+    status: int
+    headers: httpx.Headers
+    content: bytes
+    problem: str | None
+    secrets: tuple[SecretStr, ...]
+
+    @property
+    def json(self) -> Any:
+        """The body as JSON; None where it is none, too much of it, or not all."""
+        if len(self.content) > LARGEST_JSON_BYTES:
+            return None
+        try:
+            text = self.content.decode(json.detect_encoding(self.content))
+        except UnicodeDecodeError:
+            text = self.content.decode(errors="replace")
+        try:
+            # Money is exact: a JSON number becomes a Decimal without passing through binary floating point.
+            return json.loads(
+                _without(self.secrets, text),
+                parse_float=_number,
+                parse_int=_number,
+                parse_constant=lambda _: None,
+                strict=False,
+            )
+        except (ValueError, RecursionError):
+            return None
+
+    @property
+    def request_id(self) -> str | None:
+        """The provider's `X-Request-ID`."""
+        return self.words(self.headers.get("x-request-id", ""), LONGEST_WORD) or None
+
+    @property
+    def beginning(self) -> str:
+        """The beginning of the body, for people."""
+        return self.words(repr(self.content[:ODD_ANSWER_SHOWN].decode(errors="replace")), 2 * ODD_ANSWER_SHOWN)
+
+    @property
+    def run_id(self) -> str | None:
+        """What the body, however broken, seems to say that the run id is, escaped."""
+        found = _RUN_ID.search(self.content)
+        return self.words(ascii(found[1].decode(errors="replace").strip('"')), 2 * ODD_ANSWER_SHOWN) if found else None
+
+    def words(self, words: str, limit: int) -> str:
+        """Give somebody's words as they can be shown."""
+        return one_line(hide((), _without(self.secrets, words)), limit)
 
 
 class NanoGPTClient:
@@ -93,43 +182,78 @@ class NanoGPTClient:
         api_key: The NanoGPT API key.
         base_url: The root of the API, with or without a trailing slash.
         key_source: Where the key comes from, to be named when it is refused.
+        audio_hosts: The hosts that audio may be fetched from although their addresses are not public: names, names
+            with `*.` before them for all names below, addresses, and networks such as `198.18.0.0/15`.
 
     Attributes:
         base_url: The root of the API, without a trailing slash, and without the user and password it may have had.
         requests_per_second: How many requests to make to the API, at most; None for no limit.
 
     Raises:
-        CredentialsError: The key is empty, or has characters that an HTTP header cannot carry.
+        CredentialsError: The key is empty or has characters that an HTTP header cannot carry, or the base URL or an
+            audio host is none (code `INVALID_CREDENTIALS`).
+        ProviderError: The proxy that the environment names cannot be used.
 
     Example:
         >>> async with NanoGPTClient(api_key) as client:
         ...     status = await client.status(ticket)
     """
 
-    def __init__(self, api_key: str, base_url: str = DEFAULT_BASE_URL, *, key_source: str | None = None) -> None:
-        api_key = api_key.strip()
-        if not api_key or not (api_key.isascii() and api_key.isprintable()) or " " in api_key:
-            raise CredentialsError("The NanoGPT API key is empty or has characters that no key has.")
-        self.base_url, login = split_login(base_url.rstrip("/"))
+    def __init__(
+        self,
+        api_key: str | SecretStr,
+        base_url: str | SecretStr = DEFAULT_BASE_URL,
+        *,
+        key_source: str | None = None,
+        audio_hosts: Iterable[str] = (),
+    ) -> None:
+        # There are tracebacks that show variables.
+        api_key, base_url = _hidden(api_key), _hidden(base_url)
+        if not re.fullmatch("[!-~]+", api_key.get_secret_value()):
+            source = f" from {key_source}" if key_source else ""
+            raise CredentialsError(
+                f"The NanoGPT API key{source} is empty or has characters that no key has.", code=INVALID_CREDENTIALS
+            )
+        if problem := problem_with_base_url(base_url.get_secret_value()):
+            raise CredentialsError(f"{problem}.", code=INVALID_CREDENTIALS)
+        try:
+            hosts = AudioHosts([*audio_hosts, *AudioHosts.in_environment()])
+        except ValueError as error:
+            raise CredentialsError(f"{error}.", code=INVALID_CREDENTIALS) from None
+        self.base_url, _ = split_login(base_url.get_secret_value().rstrip("/"))
         self._key_source = key_source
+        self._secrets = tuple(_to_be_masked(api_key, base_url))
         user_agent = f"prefect-nanogpt/{__version__} Python/{platform.python_version()}"
         ssl_context = httpx.create_ssl_context()
-        self._api = httpx.AsyncClient(
-            headers={"x-api-key": api_key, "user-agent": user_agent, "accept": "application/json, audio/*"},
-            timeout=STATUS_TIMEOUT,
-            verify=ssl_context,
-            auth=login,
-        )
-        self._submissions = httpx.Client(
-            headers=self._api.headers, timeout=SUBMIT_TIMEOUT, verify=ssl_context, auth=login
-        )
-        self._audio = httpx.AsyncClient(
-            headers={"user-agent": user_agent, "accept": "audio/*, */*;q=0.1", "accept-encoding": "identity"},
-            timeout=STATUS_TIMEOUT,
-            verify=ssl_context,
-        )
-        self._audio.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-        self._posting = threading.Lock()
+        try:
+            self._api, self._submissions = (
+                httpx.AsyncClient(
+                    headers={
+                        "x-api-key": api_key.get_secret_value(),
+                        "user-agent": user_agent,
+                        "accept": "application/json, audio/*",
+                        "accept-encoding": "gzip",
+                    },
+                    timeout=timeout,
+                    verify=ssl_context,
+                    auth=split_login(base_url.get_secret_value())[1],
+                )
+                for timeout in (STATUS_TIMEOUT, SUBMIT_TIMEOUT)
+            )
+        except (ImportError, ValueError, httpx.InvalidURL) as error:
+            raise ProviderError(
+                f"The proxy that the environment names cannot be used ({self._words(error)}).", code=UNREACHABLE
+            ) from None
+        self._is_strict = self.base_url.lower().startswith("https:")
+        self._audio = AudioTransport(ssl_context, hosts if self._is_strict else None)
+        self._audio_headers = {
+            "user-agent": user_agent,
+            "accept": "audio/*, */*;q=0.1",
+            "accept-encoding": "identity",
+            "connection": "keep-alive",
+        }
+        self._has_posted = False
+        # These two belong to the background, where all submissions are sent.
         self._posts = 0
         self._is_closed = False
         self.requests_per_second: float | None = None
@@ -152,10 +276,13 @@ class NanoGPTClient:
         """Close all connections."""
         await self._api.aclose()
         await self._audio.aclose()
-        with self._posting:
-            self._is_closed = True
-            if not self._posts:
-                self._submissions.close()
+        if self._has_posted:
+            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._close_submissions(), _background()))
+
+    async def _close_submissions(self) -> None:
+        self._is_closed = True
+        if not self._posts:
+            await self._submissions.aclose()
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
@@ -197,65 +324,86 @@ class NanoGPTClient:
             NothingSent: No byte of the request left.
             ProviderError: Nothing was accepted. `retryable` only on a throughput 429.
         """
-        with self._posting:
-            self._posts += 1
+        self._has_posted = True
         try:
-            response = self._send(built)
+            answer = asyncio.run_coroutine_threadsafe(self._send(built), _background()).result()
         except _NOTHING_SENT as error:
             raise NothingSent(
-                f"{self.base_url} could not be reached ({_words(error)}).", code=UNREACHABLE, retryable=True
+                f"{self.base_url} could not be reached ({self._words(error)}).", code=UNREACHABLE, retryable=True
             ) from None
-        except httpx.HTTPError as error:
+        except Exception as error:  # whatever it is, the request has left
             raise SubmissionUncertain(
-                f"The connection to {self.base_url} broke after the request had left ({_words(error)})."
+                f"The connection to {self.base_url} broke after the request had left ({self._words(error)})."
             ) from None
-        finally:
-            with self._posting:
-                self._posts -= 1
-                if self._is_closed and not self._posts:  # closed while its last answer was waited for
-                    self._submissions.close()
-        if 400 <= response.status_code < 500 and response.status_code != 408:
-            refusal = self._answered(response)
-            refusal.retryable = refusal.retryable and response.status_code == 429
+        if 400 <= answer.status < 500 and answer.status != 408:
+            refusal = self._refusal(answer)
+            refusal.retryable = refusal.retryable and answer.status == 429
             raise refusal
-        if response.status_code in _MOVED:
-            raise self._answered(response)
-        if not response.is_success:
-            said = self._answered(response)
+        if answer.status in _MOVED:
+            raise self._refusal(answer)
+        if not 200 <= answer.status < 300:
+            said = self._refusal(answer)
             raise SubmissionUncertain(
-                f"The provider answered the submission with HTTP {response.status_code}: {said.message}",
-                http_status=response.status_code,
+                f"The provider answered the submission with HTTP {answer.status}: {said.message}",
+                http_status=answer.status,
                 request_id=said.request_id,
             )
-        content_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
-        is_text = content_type.startswith("text/") or response.content.lstrip()[:1] in (b"", b"<", b"{", b"[")
-        if not is_text and content_type != "application/json":
-            return AudioContent(content=response.content, content_type=content_type or None)
-        body = _json_in(response)
+        content_type = answer.words(answer.headers.get("content-type", "").partition(";")[0].lower(), LONGEST_WORD)
+        is_text = content_type.startswith("text/") or answer.content.lstrip()[:1] in (b"", b"<", b"{", b"[")
+        body = answer.json if is_text or not content_type.startswith("audio/") else None
+        if not (is_text or content_type == "application/json" or answer.problem or isinstance(body, dict)):
+            return AudioContent(content=answer.content, content_type=content_type or None)
         try:
             if not isinstance(body, dict):
-                raise ValueError("the answer is not a JSON object")
+                raise ValueError(answer.problem or "the answer is not a JSON object")
             return parse_submission(body, model)
         except ValueError as error:
             # Whatever else such an answer says, it does not say that nothing was charged.
             _, message = error_in(body)
-            words = f" It says: {message}" if message else f" It begins with {response.text[:ODD_ANSWER_SHOWN]!r}."
+            words = f" It says: {message}" if message else f" It begins with {answer.beginning}."
+            run_id = f" The run id in it is {answer.run_id}." if answer.run_id else ""
             raise SubmissionUncertain(
-                f"The provider answered HTTP {response.status_code}, but {_first_line(error)}.{words}",
-                http_status=response.status_code,
-                request_id=_request_id(response),
+                f"The provider answered HTTP {answer.status}, but {_first_line(error)}.{run_id}{words}",
+                http_status=answer.status,
+                request_id=answer.request_id,
             ) from None
 
-    def _send(self, built: httpx.Request) -> httpx.Response:
-        begun = time.monotonic()
-        with closing(self._submissions.send(built, stream=True)) as response:
-            content = bytearray()
-            for piece in response.iter_bytes():
-                content += piece
-                if time.monotonic() - begun > LONGEST_ANSWER_SECONDS:
-                    raise httpx.ReadTimeout(f"the answer was not whole after {LONGEST_ANSWER_SECONDS:.0f} s")
-        headers = [(name, value) for name, value in response.headers.raw if name.lower() != b"content-encoding"]
-        return httpx.Response(response.status_code, headers=headers, content=bytes(content), request=built)
+    async def _send(self, built: httpx.Request) -> _Answer:
+        if self._submissions.is_closed:  # by a flow that was stopped while this was about to be sent
+            raise httpx.ConnectError("the client is closed")
+        self._posts += 1
+        try:
+            return await self._read(self._submissions, built, LARGEST_ANSWER_BYTES, LONGEST_ANSWER_SECONDS)
+        finally:
+            self._posts -= 1
+            if self._is_closed and not self._posts:  # closed while its last answer was waited for
+                await self._submissions.aclose()
+
+    async def _read(self, client: httpx.AsyncClient, request: httpx.Request, largest: int, seconds: float) -> _Answer:
+        """Send a request and read the answer, no longer than so many seconds and no more than so many bytes."""
+        response = None
+        packed, problem = bytearray(), None
+        try:
+            async with asyncio.timeout(seconds):
+                response = await client.send(request, stream=True)
+                async for piece in response.aiter_raw():
+                    packed += piece
+                    if len(packed) > largest:
+                        problem = f"its answer is larger than {largest:,} bytes"
+                        break
+        except (TimeoutError, httpx.HTTPError) as error:
+            is_late = isinstance(error, TimeoutError)
+            if response is None:
+                raise httpx.ReadTimeout(f"no answer after {seconds:.0f} s") if is_late else error from None
+            problem = "its answer " + (
+                f"was not whole after {seconds:.0f} s" if is_late else f"broke off ({self._words(error)})"
+            )
+        finally:
+            if response is not None:
+                await response.aclose()
+        del packed[largest:]
+        content, odd = _unpacked(bytes(packed), response.headers.get("content-encoding", ""), largest)
+        return _Answer(response.status_code, response.headers, content, problem or odd, self._secrets)
 
     async def submit(self, request: TTSRequest) -> Submission:
         """Submit a job, once, without a record of it. `submit_tts` keeps one.
@@ -282,25 +430,19 @@ class NanoGPTClient:
         if ticket.payment_source:
             params["paymentSource"] = ticket.payment_source
         params["isApiRequest"] = "true" if ticket.is_api_request else "false"
-        try:
-            async with self.turn():
-                response = await self._api.get(f"{self.base_url}/tts/status", params=params)
-        except httpx.HTTPError as error:
-            raise self._unreachable(error) from None
-        if not response.is_success:
-            raise self._answered(response)
-        body = _json_in(response)
+        answer = await self._get("/tts/status", params)
+        body = answer.json
         try:
             if not isinstance(body, dict):
-                raise ValueError("the answer is not a JSON object")
+                raise ValueError(answer.problem or "the answer is not a JSON object")
             return parse_status(body)
         except ValueError as error:
             raise ProviderError(
-                f"The provider answered HTTP {response.status_code}, but {_first_line(error)}.",
+                f"The provider answered HTTP {answer.status}, but {_first_line(error)}.",
                 code="UNEXPECTED_ANSWER",
                 retryable=True,
-                http_status=response.status_code,
-                request_id=_request_id(response),
+                http_status=answer.status,
+                request_id=answer.request_id,
             ) from None
 
     async def speech_model(self, model: str) -> SpeechModel | None:
@@ -309,88 +451,123 @@ class NanoGPTClient:
         Raises:
             ProviderError: The catalogue could not be read.
         """
-        try:
-            async with self.turn():
-                response = await self._api.get(
-                    f"{self.base_url}/v1/audio-models", params={"detailed": "true", "type": "tts"}
-                )
-        except httpx.HTTPError as error:
-            raise self._unreachable(error) from None
-        if not response.is_success:
-            raise self._answered(response)
-        body = _json_in(response)
+        body = (await self._get("/v1/audio-models", {"detailed": "true", "type": "tts"})).json
         rows = body.get("data") if isinstance(body, dict) else None
         for row in rows if isinstance(rows, list) else ():
             if isinstance(row, dict) and row.get("id") == model:
                 return parse_speech_model(row)
         return None
 
+    async def _get(self, path: str, params: Mapping[str, str]) -> _Answer:
+        """Read something from the API.
+
+        Raises:
+            ProviderError: It could not be read.
+        """
+        try:
+            request = self._api.build_request("GET", f"{self.base_url}{path}", params=params)
+            async with self.turn():
+                answer = await self._read(self._api, request, LARGEST_JSON_BYTES, LONGEST_LOOK_SECONDS)
+        except _FAULTS as error:
+            raise ProviderError(
+                f"{self.base_url} could not be reached ({self._words(error)}).", code=UNREACHABLE, retryable=True
+            ) from None
+        if not 200 <= answer.status < 300:
+            raise self._refusal(answer)
+        return answer
+
     @asynccontextmanager
     async def download(self, url: str) -> AsyncIterator[httpx.Response]:
         """Open the audio at `url`, on whichever host it is, for streaming.
 
         Redirects are followed under the same rules: http or https, and where the API is https also https and a public
-        address, so that an answer cannot point this process at a machine of its own network.
+        address, or one that is allowed on purpose, so that an answer cannot point this process at a machine of its own
+        network. The host has 30 s to begin its answer, and has to send at least 30 kB in any 30 s, or the rest.
 
         Raises:
             AudioError: The URL is not allowed, cannot be reached, or does not answer with HTTP 200.
         """
         async with self._audio_gate:
             for _ in range(MAX_REDIRECTS + 1):
-                await self._check_audio_url(url)
-                begun = False
-                # httpx logs the address of each request.
-                address, login = split_login(url)
+                audio_url = self._checked(url)
+                response = await self._opened(audio_url)
                 try:
-                    async with self._audio.stream("GET", address, auth=login) as response:
-                        if response.has_redirect_location:
-                            url = str(httpx.URL(url).join(response.headers["location"]))
-                            continue
-                        if response.status_code != httpx.codes.OK:
-                            raise AudioError(
-                                f"The audio host {response.url.host} answered HTTP {response.status_code}.",
-                                retryable=True,
-                                http_status=response.status_code,
-                            )
-                        begun = True
-                        yield response
-                        return
-                except httpx.HTTPError as error:
-                    raise AudioError(
-                        f"The audio could not be read from {_host(url)} ({_words(error)}).",
-                        code="AUDIO_TRUNCATED" if begun else None,
-                        retryable=True,
-                    ) from None
+                    if response.has_redirect_location:
+                        url = _joined(audio_url, response.headers["location"])
+                        continue
+                    _check_answer(response, audio_url.host)
+                    yield response
+                    return
+                except (httpx.HTTPError, httpx.StreamError) as error:
+                    raise self._unread(audio_url, error, code="AUDIO_TRUNCATED") from None
+                finally:
+                    await response.aclose()
             raise AudioError(f"The audio host redirected more than {MAX_REDIRECTS} times.")
 
-    async def _check_audio_url(self, url: str) -> None:
+    def _checked(self, url: str) -> httpx.URL:
+        """Check an audio URL, as far as that can be done before its host is connected to."""
+        if _without(self._secrets, url) != url:
+            raise AudioError("The provider gave an audio URL that has the API key in it, so it was not fetched.")
+        allowed = ["https"] if self._is_strict else ["http", "https"]
+        what = "a URL"
         try:
             parsed = httpx.URL(url)
-        except httpx.InvalidURL:
-            raise AudioError("The provider gave an audio URL that is not a URL.") from None
-        strict = self.base_url.lower().startswith("https:")
-        allowed = {"https"} if strict else {"https", "http"}
-        if parsed.scheme not in allowed or not parsed.host:
-            raise AudioError(
-                f"The provider gave an audio URL that is not {' or '.join(sorted(allowed))}, so it was not fetched."
-            )
-        if strict and not await _is_public(parsed.host, parsed.port or 443):
-            raise AudioError(
-                f"The audio URL points at {parsed.host}, which is not a public address, so it was not fetched."
-            )
+            if _can_be_a_port(parsed.port):
+                what = " or ".join(allowed)
+                if parsed.host and parsed.scheme in allowed:
+                    return parsed
+        except (httpx.InvalidURL, ValueError):
+            pass
+        raise AudioError(f"The provider gave an audio URL that is not {what}, so it was not fetched.")
 
-    def _answered(self, response: httpx.Response) -> ProviderError | ContentPolicyViolation:
-        error = _answered_error(response)
-        if response.status_code == httpx.codes.UNAUTHORIZED and self._key_source:
+    async def _opened(self, url: httpx.URL) -> httpx.Response:
+        """Send the request of a download, which carries nothing but the login that the URL has."""
+        try:
+            address, login = split_login(str(url))
+            request = httpx.Request(
+                "GET", address, headers=self._audio_headers, extensions={"timeout": STATUS_TIMEOUT.as_dict()}
+            )
+            if login:
+                request = next(httpx.BasicAuth(*login).sync_auth_flow(request))
+            with anyio.fail_after(LONGEST_LOOK_SECONDS):
+                return await self._audio.handle_async_request(request)
+        except (*_FAULTS, TimeoutError, ImportError) as error:
+            raise self._unread(url, error) from None
+
+    def _unread(self, url: httpx.URL, error: Exception, code: str | None = None) -> AudioError:
+        return AudioError(
+            f"The audio could not be read from {url.host} ({self._words(error)}).", code=code, retryable=True
+        )
+
+    def _refusal(self, answer: _Answer) -> ProviderError | ContentPolicyViolation:
+        """Turn an error answer into one exception, whatever the shape of its body."""
+        code, message = error_in(answer.json)
+        reason = httpx.codes.get_reason_phrase(answer.status)
+        error = _rejection(code, message or reason or "no reason given", answer)
+        if answer.status == httpx.codes.UNAUTHORIZED and self._key_source:
             error.message += f" The key is from {self._key_source}, and was sent to {self.base_url}."
         return error
 
-    def _unreachable(self, error: httpx.HTTPError) -> ProviderError:
-        return ProviderError(
-            f"{self.base_url} could not be reached ({_words(error)}).",
-            code=UNREACHABLE,
-            retryable=True,
-        )
+    def _words(self, error: BaseException) -> str:
+        """Name a transport error: httpx leaves the text of some of them empty, and others quote what came."""
+        words = one_line(hide((), _without(self._secrets, str(error))), LONGEST_FAULT)
+        return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
+@lru_cache(maxsize=1)
+def _background_of(process: int) -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="nanogpt-submissions", daemon=True).start()
+    return loop
+
+
+_starting: Final = threading.Lock()
+
+
+def _background() -> asyncio.AbstractEventLoop:
+    """Give the event loop that submissions are sent in, in a thread of this process that nothing interrupts."""
+    with _starting:
+        return _background_of(os.getpid())
 
 
 async def in_own_thread(call: Callable[[], R], on_interruption: Callable[[], None] | None = None) -> R:
@@ -438,18 +615,12 @@ async def _see_through(waiting: asyncio.Future[Any]) -> None:
                 raise
 
 
-def _answered_error(response: httpx.Response) -> ProviderError | ContentPolicyViolation:
-    """Turn an error answer into one exception, whatever the shape of its body."""
-    code, message = error_in(_json_in(response))
-    return _rejection(code, message or response.reason_phrase or "no reason given", response)
-
-
-def _rejection(code: str | None, message: str, response: httpx.Response) -> ProviderError | ContentPolicyViolation:
-    status = response.status_code
-    details: dict[str, Any] = {"http_status": status, "request_id": _request_id(response)}
+def _rejection(code: str | None, message: str, answer: _Answer) -> ProviderError | ContentPolicyViolation:
+    status = answer.status
+    details: dict[str, Any] = {"http_status": status, "request_id": answer.request_id}
     if code == CONTENT_POLICY_VIOLATION:
         return ContentPolicyViolation(message, **details)
-    retry_after = _retry_after_seconds(response)
+    retry_after = _retry_after_seconds(answer.headers)
     daily_cap = status == 429 and (code or "").startswith("DAILY_")
     message = message if message.endswith((".", "!", "?")) else f"{message}."
     if retry_after is not None and daily_cap:
@@ -463,75 +634,112 @@ def _rejection(code: str | None, message: str, response: httpx.Response) -> Prov
     )
 
 
-def _json_in(response: httpx.Response) -> Any:
-    try:
-        # Money is exact: a JSON number becomes a Decimal without passing through binary floating point.
-        return _without_half_characters(json.loads(response.content, parse_float=Decimal))
-    except (ValueError, RecursionError):
+def _without(secrets: Iterable[SecretStr], words: str) -> str:
+    for secret in secrets:
+        words = words.replace(secret.get_secret_value(), "***")
+    return words
+
+
+def _number(written: str) -> Decimal | int | None:
+    """Read a number of JSON exactly; None for one that nobody can mean."""
+    digits, _, exponent = written.lower().partition("e")
+    if len(digits) > 2 * MOST_DIGITS or len(exponent) > 4 or abs(int(exponent or 0)) > MOST_DIGITS:
         return None
+    return Decimal(written) if "." in written or exponent else int(written)
 
 
-def _without_half_characters(value: Any) -> Any:
-    """Replace surrogates without their other half: JSON can have them, and nothing can write them anywhere."""
-    match value:
-        case str():
-            return value.encode(errors="replace").decode()
-        case list():
-            return [_without_half_characters(item) for item in value]
-        case dict():
-            return {_without_half_characters(name): _without_half_characters(item) for name, item in value.items()}
-    return value
+def _unpacked(content: bytes, encoding: str, largest: int) -> tuple[bytes, str | None]:
+    """Unpack a body, and say what is wrong with it, if anything is, as the end of a sentence."""
+    encoding = encoding.strip().lower()
+    if encoding in ("", "identity") or not content:
+        return content, None
+    if encoding not in ("gzip", "x-gzip"):
+        return b"", f"its answer is packed as {one_line(encoding, 60)}, which was not asked for"
+    unpacking = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    try:
+        content = unpacking.decompress(content, largest + 1)
+    except zlib.error as error:
+        return b"", f"its answer cannot be unpacked ({error})"
+    if len(content) > largest:
+        return content[:largest], f"its answer is larger than {largest:,} bytes"
+    return content, None if unpacking.eof else "its answer ends too early"
 
 
-def _request_id(response: httpx.Response) -> str | None:
-    request_id: str | None = response.headers.get("x-request-id")
-    return request_id
-
-
-def _retry_after_seconds(response: httpx.Response) -> float | None:
-    """Read `Retry-After`, which is a number of seconds or an HTTP date."""
-    value = response.headers.get("retry-after", "").strip()
+def _retry_after_seconds(headers: httpx.Headers) -> float | None:
+    """Read `Retry-After`, which is a number of seconds or an HTTP date; nothing is as long as a year."""
+    value = headers.get("retry-after", "").strip()[:ODD_ANSWER_SHOWN]
     if not value:
         return None
     try:
         seconds = float(value)
-        return max(0.0, seconds) if math.isfinite(seconds) else None
     except ValueError:
+        try:
+            at = parsedate_to_datetime(value)
+            seconds = (at.replace(tzinfo=at.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+        except (OverflowError, TypeError, ValueError):
+            return None
+    return min(max(0.0, seconds), LONGEST_RETRY_AFTER_SECONDS) if math.isfinite(seconds) else None
+
+
+def problem_with_base_url(base_url: str) -> str | None:
+    """Say why an address cannot be one of an API, if it cannot."""
+    base_url = base_url.strip()
+    try:
+        parsed = httpx.URL(base_url)
+        parsed.host.encode("idna")
+        is_one = parsed.scheme in ("http", "https") and bool(parsed.host) and _can_be_a_port(parsed.port)
+        if is_one and not re.search(r"\s", base_url):
+            return None
+    except (httpx.InvalidURL, ValueError):
         pass
+    return f"the base URL {without_login(base_url)[:ODD_ANSWER_SHOWN]!r} is not an http or https URL"
+
+
+def _hidden(words: str | SecretStr) -> SecretStr:
+    return SecretStr((words if isinstance(words, str) else words.get_secret_value()).strip())
+
+
+def _to_be_masked(api_key: SecretStr, base_url: SecretStr) -> Iterator[SecretStr]:
+    """Give what the provider, or a proxy in front of it, may repeat of a request and nobody is to read."""
+    _, login = split_login(base_url.get_secret_value())
+    known = [api_key.get_secret_value()]
+    if login:
+        password = login[1]
+        known += [password, quote(password, safe=""), password.replace("/", "\\/")]  # the last as JSON may have it
+        known.append(b64encode(":".join(login).encode()).decode())
+    return (SecretStr(secret) for secret in known if len(secret) >= SHORTEST_TO_MASK)
+
+
+def _can_be_a_port(port: int | None) -> bool:
+    return port is None or 0 < port < 2**16
+
+
+def _joined(url: httpx.URL, location: str) -> str:
+    """Give the URL that a redirect leads to; where it is none, that is found out when it is checked."""
     try:
-        at = parsedate_to_datetime(value)
-    except ValueError:
-        return None
-    return max(0.0, (at.replace(tzinfo=at.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+        return str(url.join(location))
+    except (httpx.InvalidURL, ValueError):
+        return location
 
 
-async def _is_public(host: str, port: int) -> bool:
-    """Whether a name resolves to public addresses only. A name that this machine cannot resolve may pass a proxy."""
-    try:
-        infos = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError:
-        return True
-    return all(ipaddress.ip_address(str(info[4][0]).partition("%")[0]).is_global for info in infos)
+def _check_answer(response: httpx.Response, host: str) -> None:
+    """Make sure that an answer is audio, as far as its head tells.
 
-
-def split_login(url: str) -> tuple[str, tuple[str, str] | None]:
-    """Split a URL into one that may be shown, and the user and the password that it had."""
-    try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL:
-        return without_password(url), None
-    if not parsed.userinfo:
-        return url, None
-    return str(parsed.copy_with(username=None, password=None)), (parsed.username, parsed.password)
-
-
-def _host(url: str) -> str:
-    return httpx.URL(url).host
-
-
-def _words(error: Exception) -> str:
-    """Name a transport error: httpx leaves the text of some of them empty."""
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    Raises:
+        AudioError: It is not.
+    """
+    if response.status_code != httpx.codes.OK:
+        raise AudioError(
+            f"The audio host {host} answered HTTP {response.status_code}.",
+            retryable=True,
+            http_status=response.status_code,
+        )
+    encoding = response.headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+        raise AudioError(
+            f"The audio host {host} packed the audio as {one_line(encoding, 60)}, which was not asked for.",
+            retryable=True,
+        )
 
 
 def _first_line(error: Exception) -> str:

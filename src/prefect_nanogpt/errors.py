@@ -33,10 +33,11 @@ __all__ = [
 CONTENT_POLICY_VIOLATION = "CONTENT_POLICY_VIOLATION"
 TTS_FAILED = "TTS_FAILED"
 _EXTRAS: Final = {"audio": ("av",), "long": ("av", "regex", "sentencex")}
-_PASSWORD: Final = re.compile(r"(?<=://)([^/?#:\[]*):(?:([^/?#]*)|(?!\d*(?:[/?#]|$))(.*))@", re.DOTALL)
+_LOGIN: Final = re.compile(r"(?<=://)([^/?#:\[]*):(?:([^/?#]*)|(?!\d*(?:[/?#]|$))(.*))@", re.DOTALL)
 """The user, who may be called as in an e-mail address, and the password of a URL; also a password that has a character
 which ends the host in a URL."""
-_URL_IN_WORDS: Final = re.compile(r"(?<=://)([^\s/?#:\[]*):[^\s/?#]*@")
+_URL_IN_WORDS: Final = re.compile(r"(?<=://)[^\s/?#:\[]*:[^\s/?#]*@")
+LONGEST_CODE: Final = 64
 
 
 def normalize_code(code: object) -> str | None:
@@ -48,31 +49,39 @@ def normalize_code(code: object) -> str | None:
     """
     if not isinstance(code, str):
         return None
-    return re.sub(r"[^A-Z0-9]+", "_", code.upper()).strip("_")[:64].rstrip("_") or None
+    code = re.sub(r"[^A-Z0-9]+", "_", code[: 16 * LONGEST_CODE].upper()).strip("_")
+    return code[:LONGEST_CODE].rstrip("_") or None
 
 
-def without_password(url: str) -> str:
-    """Give a URL, or a path, as it may be shown and kept.
+def without_login(url: str) -> str:
+    """Give a URL, or a path, as it may be shown and kept. A user without a password is a part of the address.
 
     Example:
-        >>> without_password("ftp://speaker:secret@host/speech")
-        'ftp://speaker@host/speech'
+        >>> without_login("ftp://speaker:secret@host/speech"), without_login("sftp://speaker@host/speech")
+        ('ftp://host/speech', 'sftp://speaker@host/speech')
     """
-    return _PASSWORD.sub(r"\1@", url)
+    return _LOGIN.sub("", url)
 
 
-def passwords_in(url: str) -> list[str]:
-    """List the passwords in a URL, which may be one in another, as they are written there."""
-    return [found[2] or found[3] for found in _PASSWORD.finditer(url) if found[2] or found[3]]
+def login_in(url: str) -> str | None:
+    """Give the user and the password of a URL as they are written there; None where there is no password."""
+    found = _LOGIN.search(url)
+    return found[0][:-1] if found and (found[2] or found[3]) else None
+
+
+def secrets_in(url: str) -> list[str]:
+    """List the users and passwords in a URL, which may be one in another, as they are written there."""
+    logins = [(found[1], found[2] or found[3]) for found in _LOGIN.finditer(url)]
+    return [part for user, password in logins if password for part in (user, password) if part]
 
 
 def hide(secrets: Iterable[str], words: str) -> str:
-    """Take secrets out of what somebody says, however they are written there, and the passwords of URLs in it."""
+    """Take secrets out of what somebody says, however they are written there, and the logins of URLs in it."""
     for secret in filter(None, secrets):
         plain = unquote(secret)
         for spelled in (secret, plain, quote(plain), quote(plain, safe="")):
             words = re.sub(rf"(?<!\w){re.escape(spelled)}(?!\w)", "***", words)
-    return _URL_IN_WORDS.sub(r"\1@", words)
+    return _URL_IN_WORDS.sub("", words)
 
 
 def require_extra(extra: str, purpose: str) -> None:

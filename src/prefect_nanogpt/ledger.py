@@ -41,7 +41,8 @@ from typing import Any, Final, Literal, NamedTuple, ParamSpec, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from prefect_nanogpt.errors import NanoGPTError, StorageError, passwords_in
+from prefect_nanogpt.connections import split_login
+from prefect_nanogpt.errors import NanoGPTError, StorageError, secrets_in
 from prefect_nanogpt.events import RunReference, run_logger, this_run
 from prefect_nanogpt.models import AudioContent, AudioFile, Completed, Submission, Ticket, TTSRequest
 from prefect_nanogpt.storage import Destination, is_temporary, kept_name
@@ -53,7 +54,7 @@ R = TypeVar("R")
 FOLDER: Final = ".nanogpt"
 IDENTITY: Final = "identity/digits"
 SILENCE_SECONDS: Final = 600.0
-"""A submission may take seven minutes (see `NanoGPTClient.post`); the rest is for clocks that differ."""
+"""A submission may take four minutes (see `NanoGPTClient.post`); the rest is for clocks that differ."""
 CLOCKS_DIFFER_SECONDS: Final = 60.0
 NOTE_ATTEMPTS: Final = 5
 TORN_SECONDS: Final = 1.0
@@ -235,6 +236,11 @@ class Ledger:
         elsewhere = cls.elsewhere(elsewhere)
         return cls(destination, Destination(elsewhere) if elsewhere else None)
 
+    @property
+    def is_beside_audio(self) -> bool:
+        """Whether the notes are in the folder of the audio, so that who can write them can write the audio."""
+        return self._home is self.destination
+
     @staticmethod
     def elsewhere(setting: str | None) -> str | None:
         """Give the place that the credentials block (`setting`), or else `NANOGPT_LEDGER`, has for all ledgers."""
@@ -247,7 +253,7 @@ class Ledger:
     def warnings(self) -> list[str]:
         """Say what is weak about this place, once in a process."""
         found = []
-        if passwords_in(self.destination.save_to) and self.destination.save_to not in self._warned:
+        if secrets_in(self.destination.save_to) and self.destination.save_to not in self._warned:
             self._warned.add(self.destination.save_to)
             found.append(
                 f"The URL {self.destination.shown} was given with its password, and Prefect shows the parameters of a "
@@ -305,7 +311,7 @@ class Ledger:
         for pause in (TORN_SECONDS, 0.0):
             if (content := self._read(_name(job, number, state))) is None:
                 break
-            with suppress(ValueError):
+            with suppress(ValueError, ArithmeticError, RecursionError):
                 note = json.loads(content, parse_float=Decimal)
                 return note if isinstance(note, dict) else {}
             time.sleep(pause)  # without hard links a note is there a moment before it is whole
@@ -459,7 +465,8 @@ class Ledger:
             case Ticket():
                 note = _ticket_in(submission)
             case Completed():
-                note["completed"] = submission.model_dump(mode="json", exclude_none=True)
+                told = submission.model_copy(update={"audio_url": split_login(submission.audio_url)[0]})
+                note["completed"] = told.model_dump(mode="json", exclude_none=True)
             case AudioContent():
                 encoded = b64encode(submission.content).decode()
                 note |= {"base64": encoded, "content_type": submission.content_type}
@@ -627,7 +634,7 @@ def _is_torn(note: bytes | None) -> bool:
     """Whether a note is only begun: its writer, this process or another, met a full disk."""
     try:
         return not isinstance(json.loads(note or b""), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return True
 
 
@@ -638,4 +645,5 @@ def _name(job: str, number: int, state: str) -> str:
 def _json(note: Mapping[str, Any]) -> bytes:
     """Write a note. Its time and run make it unlike another's, so that nobody takes that for its own."""
     told = {"at": datetime.now(UTC).isoformat(), "run": this_run().model_dump(), **note}
-    return json.dumps(told, ensure_ascii=False, default=str).encode()
+    # Half a character, should there be one in somebody's words, is escaped as JSON escapes it.
+    return json.dumps(told, ensure_ascii=False, default=str).encode(errors="backslashreplace")

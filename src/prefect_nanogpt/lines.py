@@ -341,7 +341,7 @@ def _whole(take: object) -> int:
         number = float(str(take))
     except ValueError:
         number = 0.0
-    if not number.is_integer() or number < 1:
+    if not number.is_integer() or not 1 <= number < 2**31:
         raise ValueError("take must be a whole number from 1")
     return int(number)
 
@@ -391,7 +391,9 @@ class Manifest:
         try:
             others = {line_id: row for line_id, row in self.read().items() if line_id not in told}
             everything = costs_once([*told.values(), *others.values()])
-            self._destination.write(FILE_NAME, "".join(map(_as_json, everything)).encode())
+            # Half a character, should there be one in somebody's words, is escaped as JSON escapes it.
+            told_of = "".join(map(_as_json, everything)).encode(errors="backslashreplace")
+            self._destination.write(FILE_NAME, told_of)
         except Exception as error:  # the drivers of buckets have families of errors of their own
             run_logger().warning("The manifest cannot be written; the ledger has all that it would say: %s", error)
 

@@ -13,18 +13,20 @@ from collections.abc import Mapping
 from decimal import Decimal
 from enum import Enum
 from functools import lru_cache
-from typing import Any, Final, TypeAlias
+from typing import Annotated, Any, Final, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import to_jsonable_python
 
-from prefect_nanogpt.errors import CONTENT_POLICY_VIOLATION, TTS_FAILED, normalize_code
+from prefect_nanogpt.connections import split_login
+from prefect_nanogpt.errors import CONTENT_POLICY_VIOLATION, TTS_FAILED, hide, normalize_code
 from prefect_nanogpt.polling import PollSchedule
 
 __all__ = [
     "AudioContent",
     "AudioFile",
     "Completed",
+    "Money",
     "Pending",
     "PollSchedule",
     "Rejected",
@@ -36,6 +38,7 @@ __all__ = [
     "check_option",
     "decimal_of",
     "field_of",
+    "one_line",
     "options_of",
     "parse_speech_model",
     "parse_status",
@@ -53,9 +56,63 @@ _SUCCESS_WORDS: Final = frozenset({"completed", "succeeded"})
 _FAILURE_WORDS: Final = frozenset({"error", "failed", "cancelled", "canceled", "content_policy_violation"})
 LONGEST_MESSAGE: Final = 2_000
 """How much of the provider's words is kept, in characters: they become state messages."""
+LONGEST_WORD: Final = 200
+"""Of a status word, a model, a unit or a type, in characters."""
+LARGEST_COST: Final = 10**9
+LAST_PLACE: Final = -40
+"""Of an amount of money, as a power of ten. XNO has thirty decimals."""
+MOST_IN_QUEUE: Final = 10**9
+LONGEST_TEXT: Final = 10**9
+LONGEST_DURATION_SECONDS: Final = 10**7
+_TERMINAL_SEQUENCE: Final = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?"
+    r"|\x1b[ -/]*[0-~]"
+)
+"""What terminals obey: colours and movements, titles and links, and the rest of what ESC begins."""
+_ZERO_BYTE: Final = re.compile(rb"(?<!\\)(\\\\)*\\u0000")
+"""As JSON has it: not the one whose backslash is itself escaped."""
+_JOINERS: Final = "\u200c\u200d"
+"""They have no shape, and are a part of Persian words and of emoji."""
 _PATH_STEP: Final = re.compile(r"(^|[\\/])\.\.?([\\/]|$)")
 _INVISIBLE: Final = frozenset({"Cc", "Cf", "Zl", "Zp", "Zs"})
 """Unicode's categories of what has no shape of its own: spaces, line ends, marks such as U+200B and U+FEFF."""
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def one_line(words: str, limit: int) -> str:
+    """Give somebody's words as they can be shown and kept anywhere: one line of printable characters.
+
+    Args:
+        words: The words, which may hold anything.
+        limit: How long they may be, in characters; what is longer is cut.
+
+    Example:
+        >>> one_line("Not\\x1b[31m now.\\r\\nLater", 60)
+        'Not now. Later'
+    """
+    words = _TERMINAL_SEQUENCE.sub("", words[: 16 * limit])
+    if not (words.isascii() and words.isprintable()):
+        words = "".join(c if c.isprintable() or c in _JOINERS else " " for c in words)
+    words = " ".join(words.split())
+    return words if len(words) <= limit else words[: limit - 1].rstrip() + "…"
+
+
+def _is_one_line(words: str) -> str:
+    if words != one_line(words, LONGEST_WORD):
+        raise ValueError(f"this is no single line of plain text of at most {LONGEST_WORD} characters")
+    return words
+
+
+def _can_be_meant(amount: Decimal) -> Decimal:
+    exponent = amount.as_tuple().exponent
+    if not amount.is_finite() or amount > LARGEST_COST or (isinstance(exponent, int) and exponent < LAST_PLACE):
+        raise ValueError(f"an amount of money is at most {LARGEST_COST}, with at most {-LAST_PLACE} decimals")
+    return amount
+
+
+Word = Annotated[str, AfterValidator(_is_one_line)]
+Money = Annotated[Decimal, Field(ge=0, allow_inf_nan=False), AfterValidator(_can_be_meant)]
 
 
 class Ticket(BaseModel):
@@ -78,13 +135,11 @@ class Ticket(BaseModel):
         title="Run id",
         description="The provider's identifier of the job, `runId` in its answer.",
     )
-    model: str = Field(
+    model: Word = Field(
         min_length=1, title="Model", description="The model the job was submitted to, exactly as submitted."
     )
-    cost: Decimal | None = Field(
-        None, ge=0, title="Cost", description="What was charged, in the unit of the payment source."
-    )
-    payment_source: str | None = Field(
+    cost: Money | None = Field(None, title="Cost", description="What was charged, in the unit of the payment source.")
+    payment_source: Word | None = Field(
         None,
         alias="paymentSource",
         title="Payment source",
@@ -108,13 +163,6 @@ class Ticket(BaseModel):
         if _PATH_STEP.search(run_id) or not run_id.isprintable():
             raise ValueError("a run id is a plain identifier, not a path")
         return run_id
-
-    @field_validator("model", "payment_source")
-    @classmethod
-    def _is_one_line(cls, words: str | None) -> str | None:
-        if words is not None and not words.isprintable():
-            raise ValueError("this is more than one line of plain text")
-        return words
 
     @field_validator("is_api_request", mode="before")
     @classmethod
@@ -140,7 +188,7 @@ class TTSRequest(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
 
     text: str = Field(description="What to say.")
-    model: str = Field(DEFAULT_MODEL, min_length=1, description="The provider's model id.")
+    model: Word = Field(DEFAULT_MODEL, min_length=1, description="The provider's model id.")
     voice: str | None = Field(None, description="A voice of the model; the provider chooses where it is left out.")
     speed: float | None = Field(None, ge=0.1, le=5, description="Speaking rate, 1 is normal.")
     response_format: str | None = Field(None, description="mp3, opus, aac, flac or wav; OpenAI models only.")
@@ -190,13 +238,15 @@ class TTSRequest(BaseModel):
     @model_validator(mode="after")
     def _can_be_sent(self) -> TTSRequest:
         try:
-            self.content()
-        except (TypeError, ValueError):
+            content = self.content()
+        except (TypeError, ValueError, RecursionError):
             name, error = next(filter(None, map(_why_not_json, self.body().items())))
             if isinstance(error, UnicodeEncodeError):
                 half = "there is half a character in it (an unpaired surrogate), which cannot be sent"
                 raise ValueError(f"{name!a}: {half}") from None
             raise ValueError(f"the option {name!a} is no JSON value: {error}") from None
+        if _ZERO_BYTE.search(content):
+            raise ValueError("there is a zero byte in it, which no model reads")
         return self
 
     def body(self) -> dict[str, Any]:
@@ -312,7 +362,7 @@ def _as_json(body: Mapping[str, Any]) -> bytes:
 def _why_not_json(option: tuple[str, Any]) -> tuple[str, Exception] | None:
     try:
         _as_json(dict([option]))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         return option[0], error
     return None
 
@@ -350,10 +400,10 @@ class Completed(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     audio_url: str
-    content_type: str | None = None
-    duration_seconds: float | None = None
-    cost: Decimal | None = None
-    currency: str | None = None
+    content_type: Word | None = None
+    duration_seconds: float | None = Field(None, ge=0, le=LONGEST_DURATION_SECONDS, allow_inf_nan=False)
+    cost: Money | None = None
+    currency: Word | None = None
 
 
 class Rejected(BaseModel):
@@ -388,8 +438,8 @@ class SpeechModel(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     id: str
-    usd_per_thousand_chars: Decimal | None = None
-    usd_per_generation: Decimal | None = None
+    usd_per_thousand_chars: Money | None = None
+    usd_per_generation: Money | None = None
     max_chars: int | None = None
 
     def price(self, text: str) -> Decimal | None:
@@ -427,7 +477,8 @@ class AudioFile(BaseModel):
         peaks: Its outline: up to 120 peaks from 0 to 100 over its length; empty where it was not decoded, or is very
             large.
         is_decoded: Whether a decoder has played it from beginning to end, which takes the extra `audio`.
-        source_url: Where the provider had it; None where it was found already saved, or came without a URL.
+        source_url: Where the provider had it, without a login; None where it was found already saved, or came without a
+            URL.
         ticket: The ticket of the job; None for models that answer at once.
         cost: What was charged, in `currency`, where the provider said.
         currency: The unit of `cost`, such as USD.
@@ -452,6 +503,11 @@ class AudioFile(BaseModel):
     polls: int = 0
     waited_seconds: float = 0.0
 
+    @field_validator("source_url")
+    @classmethod
+    def _without_login(cls, url: str | None) -> str | None:
+        return url and split_login(url)[0]
+
 
 def parse_status(body: Mapping[str, Any]) -> TTSStatus:
     """Read the JSON of a status answer.
@@ -467,9 +523,9 @@ def parse_status(body: Mapping[str, Any]) -> TTSStatus:
         3
     """
     word = body.get("status")
-    if not isinstance(word, str) or not word.strip():
+    if not isinstance(word, str) or not one_line(word, LONGEST_WORD):
         raise ValueError("the answer has no status")
-    word = word.strip().lower()
+    word = one_line(word, LONGEST_WORD).lower()
     if word in _FAILURE_WORDS:
         code, message = error_in(body)
         if code is None and word == "content_policy_violation":
@@ -478,7 +534,8 @@ def parse_status(body: Mapping[str, Any]) -> TTSStatus:
     if word in _SUCCESS_WORDS and (completed := _completed(body)):
         return completed
     position = body.get("queuePosition")
-    return Pending(word=word, queue_position=position if type(position) is int else None)
+    is_one = type(position) is int and 0 <= position <= MOST_IN_QUEUE
+    return Pending(word=word, queue_position=position if is_one else None)
 
 
 def parse_submission(body: Mapping[str, Any], model: str) -> Ticket | Completed:
@@ -494,11 +551,11 @@ def parse_submission(body: Mapping[str, Any], model: str) -> Ticket | Completed:
         ValueError: The body has neither a run id nor a URL.
     """
     if run_id := body.get("runId"):
-        essential = {"runId": str(run_id), "model": body.get("model") or model}
         try:
-            return Ticket.model_validate({**body, **essential})
+            told = {**body, "runId": _text_of(run_id), "model": body.get("model") or model}
+            return _of_what_is_sound(Ticket, told, model=model)
         except ValidationError:
-            return Ticket.model_validate({**essential, "model": model})
+            raise ValueError("its run id is none that can be asked for") from None
     if completed := _completed(body):
         return completed
     raise ValueError("the answer has neither a run id nor an audio URL")
@@ -510,15 +567,16 @@ def parse_speech_model(row: Mapping[str, Any]) -> SpeechModel:
     pricing = pricing if isinstance(pricing, Mapping) and pricing.get("currency", "USD") == "USD" else {}
     parameters = row.get("supported_parameters")
     parameters = parameters if isinstance(parameters, Mapping) else {}
-    try:
-        return SpeechModel(
-            id=row["id"],
-            usd_per_thousand_chars=pricing.get("per_thousand_chars"),
-            usd_per_generation=pricing.get("per_generation"),
-            max_chars=parameters.get("max_chars"),
-        )
-    except ValidationError:
-        return SpeechModel(id=str(row["id"]))
+    max_chars = parameters.get("max_chars")
+    return _of_what_is_sound(
+        SpeechModel,
+        {
+            "id": str(row["id"]),
+            "usd_per_thousand_chars": pricing.get("per_thousand_chars"),
+            "usd_per_generation": pricing.get("per_generation"),
+            "max_chars": max_chars if type(max_chars) is int and 0 < max_chars < LONGEST_TEXT else None,
+        },
+    )
 
 
 def error_in(body: object) -> tuple[str | None, str | None]:
@@ -534,10 +592,13 @@ def error_in(body: object) -> tuple[str | None, str | None]:
     inner: Mapping[str, Any] = error if isinstance(error, Mapping) else {}
     messages = (inner.get("message"), error, body.get("message"))
     codes = (inner.get("code"), body.get("code"), inner.get("type"), body.get("type"))
-    message = next(
-        (text.strip()[:LONGEST_MESSAGE] for text in messages if isinstance(text, str) and text.strip()), None
-    )
+    lines = (one_line(hide((), text), LONGEST_MESSAGE) for text in messages if isinstance(text, str))
+    message = next(filter(None, lines), None)
     return next((code for code in map(normalize_code, codes) if code), None), message
+
+
+def _text_of(run_id: object) -> object:
+    return str(run_id) if type(run_id) is int else run_id
 
 
 def _completed(body: Mapping[str, Any]) -> Completed | None:
@@ -548,15 +609,28 @@ def _completed(body: Mapping[str, Any]) -> Completed | None:
     if url is None:
         return None
     details = {
+        # Nothing can write half a character; in a URL it is escaped, so that whoever looks sees it.
+        "audio_url": url.encode(errors="backslashreplace").decode(),
         "content_type": body.get("contentType"),
         "duration_seconds": body.get("duration"),
         "cost": body.get("cost"),
         "currency": body.get("currency") or body.get("paymentSource"),
     }
+    return _of_what_is_sound(Completed, details)
+
+
+def _of_what_is_sound(kind: type[M], told: Mapping[str, Any], **instead: Any) -> M:
+    """Make a model of the provider's words; a field that holds something odd counts as not said, or is `instead`.
+
+    Raises:
+        ValidationError: A field that it needs is odd.
+    """
     try:
-        return Completed(audio_url=url, **details)
-    except ValidationError:
-        return Completed(audio_url=url)
+        return kind.model_validate(told)
+    except ValidationError as error:
+        odd = {problem["loc"][0] for problem in error.errors()}
+        sound = {name: value for name, value in told.items() if name not in odd}
+        return kind.model_validate(sound | {name: value for name, value in instead.items() if name in odd})
 
 
 def problems_in(invalid: ValidationError) -> list[str]:

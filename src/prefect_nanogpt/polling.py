@@ -16,6 +16,7 @@ __all__ = ["DeadlinePassed", "Outcome", "PollSchedule", "poll"]
 S = TypeVar("S")
 
 SHORTEST_PAUSE_SECONDS: Final = 0.25
+LONGEST_PAUSE_SECONDS: Final = 86_400.0
 LAST_LOOK_SECONDS: Final = 30.0
 """How long the look at the deadline may take, so that a slow answer at the last moment still counts."""
 
@@ -36,18 +37,21 @@ class PollSchedule(BaseModel):
     min_seconds: float = Field(
         0.8,
         ge=SHORTEST_PAUSE_SECONDS,
+        le=LONGEST_PAUSE_SECONDS,
         title="Shortest pause",
         description="The shortest pause between two status calls, in seconds; at least 0.25.",
     )
     max_seconds: float = Field(
         5.0,
         ge=SHORTEST_PAUSE_SECONDS,
+        le=LONGEST_PAUSE_SECONDS,
         title="Longest pause",
         description="The longest pause between two status calls, in seconds.",
     )
     growth: float = Field(
         0.8,
         ge=0,
+        le=LONGEST_PAUSE_SECONDS,
         title="Growth",
         description="The pause is this times the square root of the seconds waited so far.",
     )

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 import fsspec
 
-from prefect_nanogpt.errors import NanoGPTError, hide, passwords_in, without_password
+from prefect_nanogpt.errors import NanoGPTError, hide, secrets_in, without_login
 from prefect_nanogpt.models import REMARK, decimal_of, plain_name
 
 __all__ = ["NO_OBJECT", "Fault", "Row", "option_value", "read_json", "read_rows"]
@@ -142,9 +142,9 @@ def read_rows(place: str) -> Iterator[Row | Fault]:
         with fsspec.open(place, "rb") as file:
             text = _decoded(file.read())
     except Exception as error:  # the drivers of buckets have families of errors of their own
-        words = hide(passwords_in(place), str(error)).rstrip(".") or type(error).__name__
+        words = hide(secrets_in(place), str(error)).rstrip(".") or type(error).__name__
         raise NanoGPTError(
-            f"{without_password(place)} cannot be read: {words}. Nothing was submitted.", code="LINES_UNREADABLE"
+            f"{without_login(place)} cannot be read: {words}. Nothing was submitted.", code="LINES_UNREADABLE"
         ) from None
     if text.lstrip()[:1] in ("[", "{") or place.lower().endswith((".json", ".jsonl", ".ndjson")):
         yield from _json_rows(text)

@@ -5,7 +5,7 @@ import json
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import PurePath
 from typing import Annotated, Any, Final, cast
@@ -27,7 +27,7 @@ from prefect_nanogpt.errors import (
     StorageError,
     SubmissionUncertain,
     TTSJobRejected,
-    without_password,
+    without_login,
 )
 from prefect_nanogpt.events import run_logger
 from prefect_nanogpt.flows.ending import PLAIN_JSON, failed, keep_result, may_go_better
@@ -42,6 +42,7 @@ from prefect_nanogpt.flows.forms import (
     Schedule,
     Take,
     TimeoutSeconds,
+    keeps_no_key,
     titled,
 )
 from prefect_nanogpt.flows.shards import parameters_of_shards, run_shards
@@ -58,8 +59,17 @@ from prefect_nanogpt.lines import (
     read_lines,
     shards_of,
 )
-from prefect_nanogpt.models import DEFAULT_MODEL, AudioFile, PollSchedule, Ticket, options_of
-from prefect_nanogpt.report import Artifact
+from prefect_nanogpt.models import (
+    DEFAULT_MODEL,
+    LONGEST_MESSAGE,
+    LONGEST_WORD,
+    AudioFile,
+    PollSchedule,
+    Ticket,
+    one_line,
+    options_of,
+)
+from prefect_nanogpt.report import Artifact, only_to_look_at
 from prefect_nanogpt.storage import absolute, kept_name
 from prefect_nanogpt.tasks.ledgers import open_ledger
 from prefect_nanogpt.tasks.retries import is_worth_another_try
@@ -67,6 +77,7 @@ from prefect_nanogpt.tasks.say import PlainSteps, say_in_one_task
 
 __all__ = ["text_to_speech_batch"]
 
+UNEXPECTED: Final = "UNEXPECTED_ERROR"
 NOT_SUBMITTED: Final = "NOT_SUBMITTED"
 UNFINISHED: Final = "UNFINISHED"
 """A job that is paid for and that nobody has seen to its end: another run does."""
@@ -85,11 +96,14 @@ KEPT_BESIDE: Final = (
 def run_name() -> str:
     """Name a run by its file, or by how many lines it has."""
     lines = this_flow_run.parameters.get("lines", ())
-    what = PurePath(without_password(lines)).name if isinstance(lines, str) else f"{len(lines)}-lines"
+    what = (
+        one_line(PurePath(without_login(lines)).name, LONGEST_WORD) if isinstance(lines, str) else f"{len(lines)}-lines"
+    )
     shard = f"-shard-{number}" if (number := this_flow_run.parameters.get("shard")) else ""
     return f"tts-batch-{what}{shard}"
 
 
+@keeps_no_key
 @flow(
     name="text-to-speech-batch",
     description="Turn many lines into speech with NanoGPT, each into a file of its own.",
@@ -343,9 +357,20 @@ class _Batch:
 
     async def _work(self, jobs: Iterator[tuple[str, list[int]]], steps: PlainSteps) -> None:
         for _, (first, *others) in jobs:
-            await self._add(await self._row_of(first, steps))
+            await self._add(await self._by_itself(first, self._row_of(first, steps)))
             for index in others:
-                await self._add(await self._row_like(self.lines[first].id, index))
+                await self._add(await self._by_itself(index, self._row_like(self.lines[first].id, index)))
+
+    async def _by_itself(self, index: int, row: Awaitable[ManifestRow]) -> ManifestRow:
+        """Give the row of a line, also where it cannot be made: what is wrong with one line stops no other."""
+        try:
+            return await row
+        except Exception as error:
+            line, job = self.lines[index], self.jobs[index]
+            run_logger().exception("Line %s met an unexpected error.", line.id)
+            detail = one_line(f"{type(error).__name__}: {error}", LONGEST_MESSAGE)
+            self.may_go_better = True
+            return ManifestRow(id=line.id, text=line.request.text, job=job.id, outcome=UNEXPECTED, detail=detail)
 
     async def _add(self, row: ManifestRow) -> None:
         self._rows[row.id] = row
@@ -372,8 +397,8 @@ class _Batch:
             return await self._tell(index, error)
         except Exception as error:
             run_logger().exception("Line %s met an unexpected error.", line.id)
-            unexpected = NanoGPTError(f"{type(error).__name__}: {error}", code="UNEXPECTED_ERROR", retryable=True)
-            return await self._tell(index, unexpected)
+            words = one_line(f"{type(error).__name__}: {error}", LONGEST_MESSAGE)
+            return await self._tell(index, NanoGPTError(words, code=UNEXPECTED, retryable=True))
 
     async def _row_like(self, equal: str, index: int) -> ManifestRow:
         """Give a line what became of an equal one: a copy of its audio, or its failure."""
@@ -442,9 +467,9 @@ class _Batch:
         entries = await self._ledger.run(self._ledger.entries)
         for job, (first, *others) in self.todo.items():
             line, entry = self.lines[first].id, entries.get(job) or Entry(job)
-            self._rows[line] = await self._row_from_ledger(first, entry, reasons[first])
+            self._rows[line] = await self._by_itself(first, self._row_from_ledger(first, entry, reasons[first]))
             for index in others:
-                self._rows[self.lines[index].id] = await self._row_like(line, index)
+                self._rows[self.lines[index].id] = await self._by_itself(index, self._row_like(line, index))
 
     async def finish(self) -> list[ManifestRow]:
         """Write the manifest and the table, and give the rows in the order of the lines."""
@@ -479,6 +504,7 @@ class _Batch:
         again = f", except for lines whose jobs failed ({failed}): they are submitted, and charged, anew"
         return f"what is paid for is not paid for again{again if failed else ''}."
 
+    @only_to_look_at
     async def _show(self) -> None:
         """Write the table of lines: failures first, and not more than a page can take."""
         rows = self._told()

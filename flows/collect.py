@@ -25,11 +25,11 @@ from prefect_nanogpt.errors import (
     StorageError,
     SubmissionUncertain,
     TTSJobRejected,
-    without_password,
+    without_login,
 )
 from prefect_nanogpt.events import RunReference, run_logger
 from prefect_nanogpt.flows.ending import PLAIN_JSON, failed, keep_result
-from prefect_nanogpt.flows.forms import ArtifactKey, Credentials, titled
+from prefect_nanogpt.flows.forms import ArtifactKey, Credentials, keeps_no_key, titled
 from prefect_nanogpt.job import Said, Terms, settle
 from prefect_nanogpt.ledger import Entry, Job, Ledger, run_in
 from prefect_nanogpt.models import AudioContent, AudioFile, Completed, Submission, Ticket
@@ -83,6 +83,7 @@ class CollectedTicket(BaseModel):
     flow_runs: list[str]
 
 
+@keeps_no_key
 @flow(
     name="collect-open-tickets",
     description="Poll each job once that is paid for and has no end yet, and settle it.",
@@ -93,7 +94,7 @@ class CollectedTicket(BaseModel):
 async def collect_open_tickets(
     credentials: Credentials = None,
     folders: Annotated[Sequence[str], titled("Folders")] = (),
-    lookback_days: Annotated[float, titled("Look back, in days", gt=0, allow_inf_nan=False)] = 7.0,
+    lookback_days: Annotated[float, titled("Look back, in days", gt=0, le=36_500, allow_inf_nan=False)] = 7.0,
     artifact_key: ArtifactKey = "tts-open-tickets",
 ) -> list[CollectedTicket]:
     """Settle the jobs that were paid for and that no run has seen to their end. Made to be scheduled.
@@ -136,8 +137,8 @@ async def collect_open_tickets(
             _, setting = await provider_and_ledger(credentials)
             elsewhere = Ledger.elsewhere(setting)
             places = await _places(folders, elsewhere, since)
-            # Labels and notes leave the passwords of URLs out.
-            given = {without_password(place): place for place in map(absolute, filter(None, [*folders, elsewhere]))}
+            # Labels and notes leave the logins of URLs out.
+            given = {without_login(place): place for place in map(absolute, filter(None, [*folders, elsewhere]))}
             found, rows = await _look_through(places, given, client.base_url, since)
             run_logger().info("%d open jobs in %d ledgers.", len(found), len(places))
             gate = asyncio.Semaphore(JOBS_AT_ONCE)
@@ -165,7 +166,7 @@ async def collect_open_tickets(
 async def _places(folders: Sequence[str], elsewhere: str | None, since: datetime) -> list[LedgerLabel]:
     """Find where ledgers are: those of the named folders, also where all ledgers are elsewhere, and those of runs."""
     named = [*folders, *([elsewhere] if folders and elsewhere else [])]
-    places = {LedgerLabel(place=without_password(absolute(folder))): None for folder in named}
+    places = {LedgerLabel(place=without_login(absolute(folder))): None for folder in named}
     filters: list[dict[str, Any]] = [{"flow_filter": FlowFilter(name={"any_": OWN_FLOWS})}]
     # Tasks in flows of other people's, and our flows under other names.
     filters += [{"task_run_filter": TaskRunFilter(name={"like_": name})} for name in ("submit-tts", "poll", "say-")]
@@ -236,7 +237,7 @@ async def _look_through(
             where = f"{told.place} is a folder of the machine {told.machine}"
             reasons.append(StorageError(f"{where}: run the collection there as well."))
         elif told.place in failures:
-            needs = f" {IF_IT_NEEDS_A_PASSWORD}" if "@" in told.place and told.place not in given else ""
+            needs = f" {IF_IT_NEEDS_A_PASSWORD}" if "://" in told.place and told.place not in given else ""
             reasons.append(StorageError(f"{_words_of(failures[told.place])}{needs}"))
         elif told.ledger is not None:
             where = f"{told.place} is there, and the ledger that a run has used in it is not"

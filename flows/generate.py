@@ -23,12 +23,22 @@ from prefect_nanogpt.flows.forms import (
     Schedule,
     Take,
     TimeoutSeconds,
+    keeps_no_key,
     titled,
 )
 from prefect_nanogpt.job import Terms, find, say
 from prefect_nanogpt.ledger import Entry, Job, Ledger, Plan
 from prefect_nanogpt.long_text import LEAST_PART, units
-from prefect_nanogpt.models import DEFAULT_MODEL, AudioFile, PollSchedule, TTSRequest, problems_in, request_with
+from prefect_nanogpt.models import (
+    DEFAULT_MODEL,
+    LONGEST_WORD,
+    AudioFile,
+    PollSchedule,
+    TTSRequest,
+    one_line,
+    problems_in,
+    request_with,
+)
 from prefect_nanogpt.report import Report
 from prefect_nanogpt.storage import absolute
 from prefect_nanogpt.tasks.ledgers import open_ledger
@@ -44,10 +54,11 @@ EVERY_MODEL_TAKES = 500
 def run_name() -> str:
     """Name a run by its model and first words."""
     parameters = this_flow_run.parameters
-    words = " ".join(str(parameters.get("text", "")).split())
-    return f"tts-{parameters.get('model', DEFAULT_MODEL)}-{textwrap.shorten(words, 40, placeholder='…') or 'nothing'}"
+    words = textwrap.shorten(one_line(str(parameters.get("text", "")), LONGEST_WORD), 40, placeholder="…")
+    return f"tts-{one_line(str(parameters.get('model', DEFAULT_MODEL)), LONGEST_WORD)}-{words or 'nothing'}"
 
 
+@keeps_no_key
 @flow(
     name="text-to-speech",
     description="Turn text into speech with NanoGPT and save the audio.",

@@ -8,7 +8,7 @@ from prefect_nanogpt.credentials import nanogpt_client
 from prefect_nanogpt.errors import NanoGPTError
 from prefect_nanogpt.events import run_logger
 from prefect_nanogpt.flows.ending import PLAIN_JSON, failed, keep_result, reporting_interruption
-from prefect_nanogpt.flows.forms import ArtifactKey, Credentials, SaveTo, Schedule, TimeoutSeconds, titled
+from prefect_nanogpt.flows.forms import ArtifactKey, Credentials, SaveTo, Schedule, TimeoutSeconds, keeps_no_key, titled
 from prefect_nanogpt.job import Said, Terms, find, say
 from prefect_nanogpt.ledger import Job
 from prefect_nanogpt.models import AudioFile, PollSchedule, Ticket
@@ -20,6 +20,7 @@ from prefect_nanogpt.tasks.say import TaskSteps
 __all__ = ["wait_for_tts"]
 
 
+@keeps_no_key
 @flow(
     name="wait-for-tts",
     description="Wait for a NanoGPT text-to-speech job and save its audio.",

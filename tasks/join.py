@@ -14,7 +14,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import task_run
 
 from prefect_nanogpt.audio import CONTENT_TYPES, EXTENSIONS, inspect
-from prefect_nanogpt.errors import AudioError, NanoGPTError, StorageError, require_extra, without_password
+from prefect_nanogpt.errors import AudioError, NanoGPTError, StorageError, require_extra, without_login
 from prefect_nanogpt.joining import join
 from prefect_nanogpt.lines import ManifestRow
 from prefect_nanogpt.models import AudioFile
@@ -30,7 +30,7 @@ LONGEST_GAP_SECONDS: Final = 3600
 
 def run_name() -> str:
     """Name a run by what it makes."""
-    return f"join into {without_password(os.fspath(task_run.parameters['to']))}"
+    return f"join into {without_login(os.fspath(task_run.parameters['to']))}"
 
 
 @task(
@@ -93,7 +93,7 @@ async def join_audio(
     asked = EXTENSIONS.get(container.lower(), container) if container else named
     if isinstance(files, str | PathLike):
         raise NanoGPTError("`files` is one path: give a list of them.", code="INVALID_REQUEST")
-    locations = [_with_password_of(os.fspath(to), _location(file)) for file in files]
+    locations = [_with_login_of(os.fspath(to), _location(file)) for file in files]
     if problem := _problem_in(locations, name, asked, gap_seconds):
         raise NanoGPTError(problem, code="INVALID_REQUEST")
     if named and asked != named:
@@ -136,10 +136,10 @@ def _location(file: AudioFile | ManifestRow | str | PathLike[str]) -> str:
     return (file.location or "") if isinstance(file, AudioFile | ManifestRow) else os.fspath(file)
 
 
-def _with_password_of(to: str, location: str) -> str:
+def _with_login_of(to: str, location: str) -> str:
     """Give a location on the same server the password that it was saved with, since rows do not tell it."""
     server = "/".join(to.split("/", 3)[:3])
-    shown = without_password(server)
+    shown = without_login(server)
     return location.replace(shown, server, 1) if shown != server and location.startswith(f"{shown}/") else location
 
 
@@ -154,7 +154,7 @@ async def _fetch(location: str, into: Path) -> Path:
     try:
         return await place.run(place.fetch, name, into)
     except StorageError as error:
-        error.message = f"{without_password(location)} cannot be read. {error.message}"
+        error.message = f"{without_login(location)} cannot be read. {error.message}"
         raise
 
 
@@ -167,7 +167,7 @@ async def _verify(path: Path, location: str) -> None:
     try:
         await asyncio.to_thread(inspect, path)
     except AudioError as error:
-        raise AudioError(f"{without_password(location)}: {error.message}", code=error.code) from None
+        raise AudioError(f"{without_login(location)}: {error.message}", code=error.code) from None
 
 
 async def bytes_of(path: Path) -> AsyncIterator[bytes]:

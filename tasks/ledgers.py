@@ -48,6 +48,8 @@ async def open_ledger(save_to: str | PathLike[str], credentials: NanoGPTCredenti
     await destination.run(destination.check)
     provider, elsewhere = await provider_and_ledger(credentials)
     ledger = Ledger.of(destination, elsewhere)
+    if not ledger.is_beside_audio:  # else its first note proves it
+        await destination.run(destination.prove)
     for warning in await ledger.run(ledger.warnings):
         run_logger().warning(warning)
     await _tell(ledger)

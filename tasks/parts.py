@@ -17,7 +17,7 @@ from prefect_nanogpt.joining import join
 from prefect_nanogpt.ledger import Entry, Job, Ledger, Plan
 from prefect_nanogpt.long_text import spans
 from prefect_nanogpt.models import AudioFile
-from prefect_nanogpt.report import Report
+from prefect_nanogpt.report import Report, only_to_look_at
 from prefect_nanogpt.tasks.join import bytes_of
 from prefect_nanogpt.tasks.say import PlainSteps, say_in_one_task
 
@@ -66,6 +66,7 @@ async def say_in_parts(
     done: dict[str, AudioFile] = {}
     told = 0.0
 
+    @only_to_look_at
     async def tell() -> None:
         nonlocal told
         told = time.monotonic()

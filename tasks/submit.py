@@ -3,16 +3,18 @@
 from collections.abc import Collection
 from decimal import Decimal
 from os import PathLike
-from typing import Final
+from typing import Annotated, Any, Final
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from pydantic import Field, TypeAdapter, ValidationError
 
 from prefect_nanogpt.budget import Budget
 from prefect_nanogpt.credentials import NanoGPTCredentials, nanogpt_client
+from prefect_nanogpt.errors import NanoGPTError
 from prefect_nanogpt.job import Resubmit, submit, would_be_submitted
 from prefect_nanogpt.ledger import Job
-from prefect_nanogpt.models import Submission, TTSRequest
+from prefect_nanogpt.models import Money, Submission, TTSRequest, problems_in
 from prefect_nanogpt.tasks.ledgers import open_ledger
 from prefect_nanogpt.tasks.limits import stay_under_rate_limit
 from prefect_nanogpt.tasks.retries import JITTER, may_help
@@ -20,6 +22,8 @@ from prefect_nanogpt.tasks.retries import JITTER, may_help
 __all__ = ["submit_tts"]
 
 RETRY_DELAYS_SECONDS: Final[list[float]] = [1, 2, 4, 8, 15]
+_TAKE: Final = TypeAdapter(Annotated[int, Field(ge=1, lt=2**31)])
+_LIMIT: Final[TypeAdapter[Any]] = TypeAdapter(Money | None)
 
 
 @task(
@@ -83,14 +87,19 @@ async def submit_tts(
             return await submit_tts(TTSRequest(text=text, voice="Rachel"), save_to="audio")
         ```
     """
+    try:
+        take, max_cost = _TAKE.validate_python(take), _LIMIT.validate_python(max_cost)
+    except ValidationError as error:
+        problems = "; ".join(problems_in(error))
+        raise NanoGPTError(f"take or max_cost: {problems}. Nothing was submitted.", code="INVALID_REQUEST") from None
     ledger, provider = await open_ledger(save_to, credentials)
     async with nanogpt_client(credentials) as client:
-        job = Job(provider, TTSRequest.model_validate(request), int(take), name)
+        job = Job(provider, TTSRequest.model_validate(request), take, name)
         assert job.request is not None
         entry = await ledger.run(ledger.entry, job.id)
         budget = None
         if max_cost is not None and not entry.is_answered:
-            budget = Budget(Decimal(max_cost), ledger, client)
+            budget = Budget(max_cost, ledger, client)
             await budget.count([(job, entry)])
             await budget.read_prices([job])
             if would_be_submitted(entry, resubmit) and (refusal := budget.refusal_of([job])):

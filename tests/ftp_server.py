@@ -45,6 +45,10 @@ class FTPServer:
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._is_over = False
 
+    def refuse_nameless(self) -> None:
+        """Let nobody in who has no name."""
+        self._users.remove_user("anonymous")
+
     def _handler(self) -> type[FTPHandler]:
         server = self
 

@@ -106,7 +106,8 @@ def test_a_key_with_a_newline_inside_is_refused_and_not_shown() -> None:
     with pytest.raises(CredentialsError, match="no key has") as caught:
         block.get_client()
 
-    assert caught.value.code == "MISSING_CREDENTIALS"
+    assert caught.value.code == "INVALID_CREDENTIALS"
+    assert "the parameter `credentials`" in str(caught.value)
     assert API_KEY not in str(caught.value)
 
 
@@ -244,4 +245,4 @@ async def test_another_event_loop_gets_another_client(block: NanoGPTCredentials)
 def test_the_schema_marks_the_key_as_a_secret() -> None:
     schema = json.loads(json.dumps(NanoGPTCredentials.model_json_schema()))
 
-    assert schema["secret_fields"] == ["api_key"]
+    assert schema["secret_fields"] == ["api_key", "base_url_login", "ledger_login"]

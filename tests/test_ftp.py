@@ -18,7 +18,7 @@ from pydantic import SecretStr
 from prefect_nanogpt import NanoGPTCredentials, storage
 from prefect_nanogpt.client import NanoGPTClient
 from prefect_nanogpt.credentials import find_credentials
-from prefect_nanogpt.errors import CredentialsError, NanoGPTError, StorageError, hide, passwords_in, without_password
+from prefect_nanogpt.errors import CredentialsError, NanoGPTError, StorageError, hide, secrets_in, without_login
 from prefect_nanogpt.flows import collect_open_tickets, text_to_speech, text_to_speech_batch, wait_for_tts
 from prefect_nanogpt.models import PollSchedule, Ticket
 from prefect_nanogpt.sandbox import Answer, Sandbox
@@ -55,7 +55,7 @@ async def test_a_first_batch_goes_into_a_new_folder_and_another_run_pays_nothing
 ) -> None:
     save_to = f"{url}/season 1/episode"
     rows = await text_to_speech_batch(LINES, save_to=save_to, **say)
-    here = f"ftp://{USER}@{ftp.address}/season 1/episode"
+    here = f"ftp://{ftp.address}/season 1/episode"
     assert [row.location for row in rows] == [f"{here}/one.mp3", f"{here}/two.mp3"]
     assert rows[0].ticket is not None
     assert (ftp.root / "season 1/episode/one.mp3").read_bytes() == sandbox.audio_bytes(rows[0].ticket.run_id)
@@ -167,9 +167,9 @@ async def test_lines_behind_a_password_are_joined_on_the_same_server_and_no_run_
         return (await join_audio(rows, f"{url}/episode.mp3")).location
 
     state = await join(return_state=True)
-    assert await state.aresult() == f"ftp://{USER}@{ftp.address}/episode.mp3"
+    assert await state.aresult() == f"ftp://{ftp.address}/episode.mp3"
     told = await everything_told(state.state_details.flow_run_id)
-    assert f"join into ftp://{USER}@{ftp.address}/episode.mp3" in told
+    assert f"join into ftp://{ftp.address}/episode.mp3" in told
     assert ENCODED not in told
 
 
@@ -247,7 +247,7 @@ async def test_a_server_that_cannot_be_used_is_named_before_anything_is_paid_and
         **say,
     )
     assert (state.name, sandbox.ledger.charges) == ("STORAGE_FAILED", [])
-    assert f"{scheme}://{USER}@{place}/speech" in str(state.message)
+    assert f"{scheme}://{place}/speech" in str(state.message)
     told = f"{state.message} {await everything_told(state.state_details.flow_run_id)} {caplog.text}"
     assert "typed" not in told
     assert "mis" not in told.replace("permission", "").lower().split()
@@ -259,33 +259,33 @@ async def test_a_server_that_cannot_be_used_is_named_before_anything_is_paid_and
 @pytest.mark.parametrize(
     ("url", "shown"),
     [
-        ("ftp://speaker:secret@host/speech", "ftp://speaker@host/speech"),
-        ("ftp://me@example.org:secret@host/speech", "ftp://me@example.org@host/speech"),
-        ("ftp://me@example.org:s/e@c?ret@[::1]/speech", "ftp://me@example.org@[::1]/speech"),
+        ("ftp://speaker:secret@host/speech", "ftp://host/speech"),
+        ("ftp://me@example.org:secret@host/speech", "ftp://host/speech"),
+        ("ftp://me@example.org:s/e@c?ret@[::1]/speech", "ftp://[::1]/speech"),
         ("ftp://me@host:21/to@day", "ftp://me@host:21/to@day"),
         ("ftp://me@[::1]:21/to@day", "ftp://me@[::1]:21/to@day"),
-        ("https://speaker:s%40cret@host:1/x?at=a@b", "https://speaker@host:1/x?at=a@b"),
-        ("ftp://speaker:s@cret@host/to@day", "ftp://speaker@host/to@day"),
-        ("ftp://speaker:s/e#c?ret@host/speech", "ftp://speaker@host/speech"),
-        ("ftp://:secret@[::1]:21/to@day", "ftp://@[::1]:21/to@day"),
-        ("simplecache::ftp://speaker:secret@host/speech", "simplecache::ftp://speaker@host/speech"),
+        ("https://speaker:s%40cret@host:1/x?at=a@b", "https://host:1/x?at=a@b"),
+        ("ftp://speaker:s@cret@host/to@day", "ftp://host/to@day"),
+        ("ftp://speaker:s/e#c?ret@host/speech", "ftp://host/speech"),
+        ("ftp://:secret@[::1]:21/to@day", "ftp://[::1]:21/to@day"),
+        ("simplecache::ftp://speaker:secret@host/speech", "simplecache::ftp://host/speech"),
         ("ftp://host:21/to@day", "ftp://host:21/to@day"),
         ("ftp://[::1]:21/to@day", "ftp://[::1]:21/to@day"),
         ("s3://bucket/a:b@c", "s3://bucket/a:b@c"),
         ("/home/a:b@c", "/home/a:b@c"),
     ],
 )
-def test_a_url_is_shown_without_its_password(url: str, shown: str) -> None:
-    assert without_password(url) == shown
-    assert bool(passwords_in(url)) == (url != shown)
-    assert all(password not in shown for password in passwords_in(url))
+def test_a_url_is_shown_without_its_login(url: str, shown: str) -> None:
+    assert without_login(url) == shown
+    assert bool(secrets_in(url)) == (url != shown)
+    assert all(password not in shown for password in secrets_in(url))
 
 
 def test_a_password_is_hidden_in_the_words_of_others_and_no_word_that_has_it_in_it_is() -> None:
     assert hide(["s%40cret"], "Login s@cret, or s%40cret, failed.") == "Login ***, or ***, failed."
     assert hide(["in", ""], "Login of in failed.") == "Login of *** failed."
     assert hide(["s cret/"], "s%20cret/, s%20cret%2F") == "***, ***"
-    assert hide([], "No answer from http://me:secret@host:9000/b.") == "No answer from http://me@host:9000/b."
+    assert hide([], "No answer from http://me:secret@host:9000/b.") == "No answer from http://host:9000/b."
     assert hide([], "http://host:80/x, at 10:20, me@host") == "http://host:80/x, at 10:20, me@host"
 
 
@@ -350,24 +350,25 @@ async def test_the_password_of_a_url_is_in_no_message_log_report_label_note_or_r
     for password in (PASSWORD, ENCODED, SFTP_PASSWORD):
         assert password not in " ".join([*said, caplog.text])
     assert ("was given with its password" in caplog.text) == (where != "ledger")
-    assert f"--save-to {without_password(save_to)}" in told[0]
+    assert f"--save-to {without_login(save_to)}" in told[0]
 
 
 async def test_a_collection_needs_the_password_again_and_says_so(
-    sandbox: Sandbox, url: str, say: dict[str, Any]
+    sandbox: Sandbox, ftp: FTPServer, url: str, say: dict[str, Any]
 ) -> None:
+    ftp.refuse_nameless()
     sandbox.on_status(None, [{"status": "pending"}])
     save_to = f"{url}/open"
     await text_to_speech("Too late.", save_to=save_to, timeout_seconds=0.01, return_state=True, **say)
-    [row] = [row for row in await collect_open_tickets(say["credentials"]) if without_password(save_to) in row.detail]
+    [row] = [row for row in await collect_open_tickets(say["credentials"]) if without_login(save_to) in row.detail]
     assert row.outcome == "unreachable"
     assert "`folders`" in row.detail
 
     [charge] = sandbox.ledger.charges
     rows = await collect_open_tickets(say["credentials"], folders=[save_to])
     [row] = [row for row in rows if row.run_id == charge.run_id]
-    assert (row.outcome, row.detail) == ("saved", f"{without_password(save_to)}/{charge.run_id}.mp3")
-    assert all(without_password(save_to) not in other.detail for other in rows if other is not row)
+    assert (row.outcome, row.detail) == ("saved", f"{without_login(save_to)}/{charge.run_id}.mp3")
+    assert all(without_login(save_to) not in other.detail for other in rows if other is not row)
 
 
 async def test_a_ledger_elsewhere_is_found_by_its_setting_and_so_is_the_audio_beside_no_password(
@@ -380,7 +381,7 @@ async def test_a_ledger_elsewhere_is_found_by_its_setting_and_so_is_the_audio_be
     [charge] = sandbox.ledger.charges
     rows = await collect_open_tickets(say["credentials"], folders=[save_to])
     [row] = [row for row in rows if row.run_id == charge.run_id]
-    assert (row.outcome, row.detail) == ("saved", f"{without_password(save_to)}/{charge.run_id}.mp3")
+    assert (row.outcome, row.detail) == ("saved", f"{without_login(save_to)}/{charge.run_id}.mp3")
 
 
 async def test_the_login_of_a_proxy_in_front_of_the_api_goes_along_and_is_shown_nowhere(
@@ -416,7 +417,7 @@ async def test_the_login_in_an_audio_url_goes_along_and_is_not_logged(
 async def test_lines_that_cannot_be_read_are_named_without_their_password(lines: str, save_to: str) -> None:
     state = await text_to_speech_batch(lines, save_to=save_to, return_state=True)
     assert state.name == "LINES_UNREADABLE"
-    assert without_password(lines) in str(state.message)
+    assert without_login(lines) in str(state.message)
     assert "mistyped" not in await everything_told(state.state_details.flow_run_id)
 
 
@@ -433,7 +434,7 @@ async def test_an_address_of_the_api_that_cannot_be_used_is_not_shown_with_its_p
 
 
 def test_a_file_given_for_a_folder_is_named_without_its_password() -> None:
-    with pytest.raises(NanoGPTError, match=r"ftp://speaker@host/take\.mp3") as caught:
+    with pytest.raises(NanoGPTError, match=r"ftp://host/take\.mp3") as caught:
         Destination("ftp://speaker:mistyped@host/take.mp3")
     assert "mistyped" not in str(caught.value)
 

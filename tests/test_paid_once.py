@@ -834,8 +834,7 @@ class TestRefusedBeforehand:
     @pytest.mark.parametrize(
         ("wrong", "error", "words"),
         [
-            # Prefect itself cannot keep it.
-            ({"text": "Half an emoji: \ud83d"}, UnicodeEncodeError, "surrogates not allowed"),
+            ({"text": "Half an emoji: \ud83d"}, NanoGPTError, "half a character"),
             ({"options": {"emotion": float("nan")}}, NanoGPTError, "no JSON value"),
             ({"options": {"emotion": {1, 2}}}, NanoGPTError, "no JSON value"),
             ({"options": {"emotion": object()}}, NanoGPTError, "no JSON value"),

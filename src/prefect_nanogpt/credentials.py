@@ -4,23 +4,45 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
-from typing import ClassVar, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 import httpx
 from prefect.blocks.abstract import CredentialsBlock
-from pydantic import Field, HttpUrl, PrivateAttr, SecretStr, ValidationError, field_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    HttpUrl,
+    PrivateAttr,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from prefect_nanogpt.client import DEFAULT_BASE_URL, NanoGPTClient, split_login
-from prefect_nanogpt.errors import CredentialsError
+from prefect_nanogpt.client import DEFAULT_BASE_URL, INVALID_CREDENTIALS, NanoGPTClient, problem_with_base_url
+from prefect_nanogpt.connections import AudioHosts, split_login
+from prefect_nanogpt.errors import CredentialsError, login_in, without_login
 from prefect_nanogpt.events import run_logger
 
 __all__ = ["NanoGPTCredentials", "find_credentials", "nanogpt_client", "provider_and_ledger"]
 
-INVALID_CREDENTIALS: Final = "INVALID_CREDENTIALS"
-"""Something was given, and it cannot be used: that is not the same as nothing."""
+
+KEY_IN_CLEAR: Final = (
+    "an API key in clear (in a dict, or as a text) is refused, because Prefect stores the parameters of a run as they "
+    'are. Give a block, NanoGPTCredentials(api_key=...) or NanoGPTCredentials.load("NAME"), or leave `credentials` out '
+    "and set NANOGPT_API_KEY. No request was made."
+)
+
+
+def has_key_in_clear(credentials: object) -> bool:
+    """Whether something that was given as credentials is, or may be, a key that nothing masks.
+
+    A dict is one unless it refers to a saved block, as Prefect's own parameters do: its names may be misspelt.
+    """
+    return isinstance(credentials, str) or (isinstance(credentials, Mapping) and "$ref" not in credentials)
 
 
 class NanoGPTCredentials(CredentialsBlock):
@@ -30,6 +52,9 @@ class NanoGPTCredentials(CredentialsBlock):
         api_key: The NanoGPT API key.
         base_url: The root of the API, for a proxy, NanoGPT's other host, or the sandbox.
         ledger: Where to keep the record of what is paid for, instead of beside the audio.
+        audio_hosts: The hosts that audio may be fetched from although their addresses are not public.
+        base_url_login: The login of the base URL, which is moved here if it was given in it.
+        ledger_login: The login of the ledger's URL, likewise.
 
     Example:
         Load stored credentials and look at a job:
@@ -49,6 +74,9 @@ class NanoGPTCredentials(CredentialsBlock):
     _logo_url: ClassVar[HttpUrl] = HttpUrl("https://nano-gpt.com/logo.png")
     _documentation_url: ClassVar[HttpUrl] = HttpUrl("https://docs.nano-gpt.com/api-reference/endpoint/tts")
 
+    # What cannot be validated is often a key in the wrong place.
+    model_config = ConfigDict(hide_input_in_errors=True)
+
     api_key: SecretStr = Field(
         title="API key",
         description="The NanoGPT API key, sent to the base URL and nowhere else.",
@@ -60,13 +88,53 @@ class NanoGPTCredentials(CredentialsBlock):
         description="The root of the API; change it for a proxy or the sandbox.",
         pattern=r"^https?://[^\s/?#]+\S*$",
     )
+    audio_hosts: list[str] = Field(
+        default_factory=list,
+        title="Audio hosts",
+        description="Hosts that audio may be fetched from although their addresses are not public: names such as "
+        "*.audio.internal, addresses, or networks such as 198.18.0.0/15.",
+    )
     ledger: str | None = Field(
         None,
         title="Ledger",
         description="A folder or URL for the record of what is paid for, where save_to is a temporary folder.",
     )
+    base_url_login: SecretStr | None = Field(
+        None,
+        title="Login of the base URL",
+        description="user:password for a proxy in front of the API. A login in the base URL is moved here.",
+    )
+    ledger_login: SecretStr | None = Field(
+        None,
+        title="Login of the ledger",
+        description="user:password for the ledger's URL. A login in the ledger's URL is moved here.",
+    )
 
     _source: str | None = PrivateAttr(None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_logins_apart(cls, given: Any) -> Any:
+        # Prefect shows and logs all fields but the secret ones.
+        if isinstance(given, Mapping):
+            for field in ("base_url", "ledger"):
+                url = given.get(field)
+                if isinstance(url, str) and (login := login_in(url)):
+                    given = {**given, field: without_login(url), f"{field}_login": SecretStr(login)}
+        return given
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_an_address(cls, base_url: str) -> str:
+        if problem := problem_with_base_url(base_url):
+            raise ValueError(problem)
+        return base_url
+
+    @field_validator("audio_hosts")
+    @classmethod
+    def _are_hosts(cls, audio_hosts: list[str]) -> list[str]:
+        AudioHosts(audio_hosts)
+        return audio_hosts
 
     @field_validator("api_key")
     @classmethod
@@ -81,7 +149,12 @@ class NanoGPTCredentials(CredentialsBlock):
         Raises:
             CredentialsError: The key has characters that no key has.
         """
-        return NanoGPTClient(self.api_key.get_secret_value(), self.base_url, key_source=self.source)
+        return NanoGPTClient(
+            self.api_key,
+            with_login(self.base_url, self.base_url_login),
+            key_source=self.source,
+            audio_hosts=self.audio_hosts,
+        )
 
     @property
     def source(self) -> str:
@@ -92,27 +165,33 @@ class NanoGPTCredentials(CredentialsBlock):
         return f"the saved block nanogpt-credentials/{name}" if name else "the parameter `credentials`"
 
 
+def with_login(url: str, login: SecretStr | None) -> str:
+    """Give a URL with a login that is kept apart from it put back."""
+    return url.replace("://", f"://{login.get_secret_value()}@", 1) if login else url
+
+
 async def find_credentials() -> NanoGPTCredentials:
     """Find credentials where none were given: in the environment, else in the saved block `default`.
 
     Raises:
         CredentialsError: There are none (says both ways of giving them), or what there is cannot be used.
     """
-    base_url = os.environ.get("NANOGPT_BASE_URL") or DEFAULT_BASE_URL
-    if api_key := os.environ.get("NANOGPT_API_KEY", "").strip():
+    api_key = SecretStr(os.environ.get("NANOGPT_API_KEY", "").strip())  # so that no traceback shows it
+    if api_key.get_secret_value():
         try:
-            found = NanoGPTCredentials(api_key=SecretStr(api_key), base_url=base_url)
+            found = NanoGPTCredentials(api_key=api_key, base_url=os.environ.get("NANOGPT_BASE_URL") or DEFAULT_BASE_URL)
         except ValidationError:
             raise CredentialsError(
                 "What NANOGPT_BASE_URL is set to is not an http or https URL.", code=INVALID_CREDENTIALS
             ) from None
         found._source = "the environment variable NANOGPT_API_KEY"
         return found
-    if base_url != DEFAULT_BASE_URL:
+    address = _address(os.environ.get("NANOGPT_BASE_URL") or DEFAULT_BASE_URL)
+    if address != DEFAULT_BASE_URL:
         # Whoever exported the sandbox's address must not be charged by the address of the block.
         raise CredentialsError(
-            f"NANOGPT_BASE_URL is set to {_address(base_url)} and NANOGPT_API_KEY is not: set both, or neither to use "
-            "the saved block. No request was made.",
+            f"NANOGPT_BASE_URL is set to {address} and NANOGPT_API_KEY is not: set both, or neither to use the saved "
+            "block. No request was made.",
             code=INVALID_CREDENTIALS,
         )
     try:
@@ -156,6 +235,8 @@ async def provider_and_ledger(credentials: NanoGPTCredentials | None) -> tuple[s
         CredentialsError: There are credentials that cannot be used, or cannot be read now: that is not "none".
     """
     lent = _open_client.get()
+    if has_key_in_clear(credentials):
+        raise CredentialsError(f"`credentials`: {KEY_IN_CLEAR}", code=INVALID_CREDENTIALS)
     try:
         found = credentials or (lent.credentials if lent else await find_credentials())
     except CredentialsError as error:
@@ -163,7 +244,7 @@ async def provider_and_ledger(credentials: NanoGPTCredentials | None) -> tuple[s
             raise
         # What is there already needs no key.
         return _address(os.environ.get("NANOGPT_BASE_URL") or DEFAULT_BASE_URL), None
-    return _address(found.base_url), found.ledger
+    return _address(found.base_url), with_login(found.ledger, found.ledger_login) if found.ledger else None
 
 
 def _address(base_url: str) -> str:
@@ -184,6 +265,8 @@ async def nanogpt_client(credentials: NanoGPTCredentials | None) -> AsyncIterato
     Raises:
         CredentialsError: There is no usable key.
     """
+    if has_key_in_clear(credentials):
+        raise CredentialsError(f"`credentials`: {KEY_IN_CLEAR}", code=INVALID_CREDENTIALS)
     lent = _open_client.get()
     if lent is not None and credentials in (None, lent.asked) and lent.loop is asyncio.get_running_loop():
         yield lent.client

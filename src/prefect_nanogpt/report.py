@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Final, Literal, TypeVar
+from functools import wraps
+from typing import Final, Literal, ParamSpec, TypeVar
 from urllib.parse import quote, urlsplit
 from uuid import UUID
 
@@ -19,8 +20,9 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
 from prefect.context import FlowRunContext
+from pydantic import SecretStr
 
-from prefect_nanogpt.client import split_login
+from prefect_nanogpt.connections import split_login
 from prefect_nanogpt.errors import (
     AudioError,
     ContentPolicyViolation,
@@ -34,8 +36,9 @@ from prefect_nanogpt.job import Said
 from prefect_nanogpt.models import Pending, Ticket
 from prefect_nanogpt.waveform import draw_steps, draw_waveform
 
-__all__ = ["Artifact", "Report", "escaped", "quietly"]
+__all__ = ["Artifact", "Report", "escaped", "only_to_look_at", "quietly"]
 
+P = ParamSpec("P")
 R = TypeVar("R")
 
 GO_ON: Final = (
@@ -65,6 +68,25 @@ def escaped(words: str, limit: int = LONGEST_QUOTE) -> str:
     return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", words)
 
 
+async def quietly(call: Awaitable[R]) -> R | None:
+    """Await something that is only to look at: if it fails, that is a warning."""
+    try:
+        return await call
+    except Exception as error:
+        run_logger().warning("The report could not be written to Prefect: %s: %s", type(error).__name__, error)
+        return None
+
+
+def only_to_look_at(method: Callable[P, Awaitable[None]]) -> Callable[P, Awaitable[None]]:
+    """Make a method one that ends nothing, whatever it meets in what it is to show."""
+
+    @wraps(method)
+    async def show(*args: P.args, **kwargs: P.kwargs) -> None:
+        await quietly(method(*args, **kwargs))
+
+    return show
+
+
 class Artifact:
     """One artifact of a run, which later news and later attempts of the run change.
 
@@ -87,6 +109,7 @@ class Artifact:
         """Whether it was written."""
         return self._artifact is not None
 
+    @only_to_look_at
     async def show(self, data: str | float, description: str, *, keep_earlier: bool = False) -> None:
         """Write it.
 
@@ -95,9 +118,6 @@ class Artifact:
             description: The words beside it.
             keep_earlier: Whether what an earlier attempt had written is kept below the markdown.
         """
-        await quietly(self._put(data, description, keep_earlier))
-
-    async def _put(self, data: str | float, description: str, keep_earlier: bool) -> None:
         context = FlowRunContext.get()
         flow_run = context.flow_run if context else None
         async with get_client() as client:
@@ -143,7 +163,7 @@ class Report:
     def __init__(self, key: str, save_to: str, text: str | None = None) -> None:
         self.ticket: Ticket | None = None
         self.paid: str | None = None
-        self._save_to = save_to
+        self._save_to = SecretStr(save_to)  # it may have a password
         self._text = text
         self._artifact = Artifact("markdown", key)
         self._progress = Artifact("progress", f"{key}-progress")
@@ -172,6 +192,7 @@ class Report:
         """Whether there is something that a reader can go on with."""
         return self.ticket is not None or self.paid is not None
 
+    @only_to_look_at
     async def waiting(self) -> None:
         """Show what is paid for, before anything can happen to this process."""
         self._started = time.monotonic()
@@ -183,6 +204,7 @@ class Report:
             is_open=True,
         )
 
+    @only_to_look_at
     async def progress(self, pending: Pending) -> None:
         """Show a job that is under way, by its place in the queue, which is all that the provider tells of it."""
         done, what = 0.0, "Waiting for the audio."
@@ -192,6 +214,7 @@ class Report:
             done, what = 100.0 * (highest - position) / (highest + 1), f"Queue position {position}."
         await self._progress.show(done, what)
 
+    @only_to_look_at
     async def finished(self, said: Said) -> None:
         """Show where the audio is, what it is, and who paid for it."""
         audio = said.audio
@@ -221,6 +244,7 @@ class Report:
         if self._progress.is_there:
             await self._progress.show(100.0, "The audio is saved.")
 
+    @only_to_look_at
     async def failed(self, error: NanoGPTError) -> None:
         """Show the code, the provider's words, what became of the money, and what to do next."""
         if error.ticket is not None:
@@ -235,6 +259,7 @@ class Report:
         note = " ".join(filter(None, [self.paid, self._money_at_stake(error)]))
         await self._write(f"No speech: {error.code}", note, facts, is_open=_is_open(error, self.ticket))
 
+    @only_to_look_at
     async def interrupted(self) -> None:
         """Say, while the process is being stopped, that the job goes on without it."""
         await self._write(
@@ -307,7 +332,9 @@ class Report:
         parts = [f"# {escaped(title)}", note, *pictures, "\n".join(["| | |", "|---|---|", *rows])]
         if self.ticket is not None and self.paid is None:
             parts.append(
-                _how_to_resume(self.ticket, self._save_to) if is_open else f"## Ticket\n\n{_as_json(self.ticket)}"
+                _how_to_resume(self.ticket, self._save_to.get_secret_value())
+                if is_open
+                else f"## Ticket\n\n{_as_json(self.ticket)}"
             )
         elif is_open and self.paid is not None:
             parts.append(f"## To get the audio\n\n{self.paid} {GO_ON}")
@@ -316,26 +343,21 @@ class Report:
         await self._artifact.show("\n\n".join(parts) + "\n", title, keep_earlier=keep_earlier)
 
 
-async def quietly(call: Awaitable[R]) -> R | None:
-    """Await something that is only to look at: if it fails, that is a warning."""
-    try:
-        return await call
-    except Exception as error:
-        run_logger().warning("The report could not be written to Prefect: %s", error)
-        return None
-
-
 def _code(words: str) -> str:
     """Set plain words in code type; what could end the code or the table cell is escaped text instead."""
     return f"`{words}`" if re.fullmatch(r"[\w./:+=@~ -]+", words) else escaped(words)
 
 
 def _link(url: str | None) -> str | None:
-    if url is None or urlsplit(url).scheme not in {"http", "https"}:
+    try:
+        parts = urlsplit(split_login(url or "")[0])
+    except ValueError:
+        return None
+    if parts.scheme not in {"http", "https"}:
         return None
     # The V1 UI shows the backslashes of escapes within a link.
-    host = re.sub(r"[^A-Za-z0-9.-]", "", urlsplit(url).hostname or "")
-    address = quote(split_login(url)[0], safe=":/?#@!$&*+,;=%~-._")
+    host = re.sub(r"[^A-Za-z0-9.-]", "", parts.hostname or "")
+    address = quote(parts.geturl(), safe=":/?#@!$&*+,;=%~-._")
     return f"[at {host or 'the provider'}]({address}), for as long as it is kept there"
 
 

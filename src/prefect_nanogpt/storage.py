@@ -36,8 +36,8 @@ from prefect_nanogpt.errors import (
     NanoGPTError,
     StorageError,
     hide,
-    passwords_in,
-    without_password,
+    secrets_in,
+    without_login,
 )
 from prefect_nanogpt.models import AudioFile
 
@@ -56,6 +56,7 @@ _BUCKETS: Final = frozenset({"s3", "gs", "abfs", "memory"})
 # Their drivers create an object only where there is none, as one operation.
 _EXCLUSIVE: Final = frozenset({"s3", "gs", "abfs", "memory"})
 BLOCK: Final = "remote-file-system/"
+PROBE: Final = "probe"
 CREATE_ATTEMPTS: Final = 5
 _ONE_THREAD: Final = threading.RLock()
 _CONNECTING: Final = threading.Lock()
@@ -78,7 +79,7 @@ _NO_LINKS: Final = frozenset({errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EO
 # The devices of Windows, with any extension. Those with other characters in them get another name anyway.
 _RESERVED: Final = re.compile(r"con|prn|aux|nul|(com|lpt)[0-9]", re.IGNORECASE)
 # Settings of a block that no message may show.
-_SECRET: Final = re.compile("pass|secret|token|key|credential", re.IGNORECASE)
+_SECRET: Final = re.compile("user|pass|secret|token|key|credential", re.IGNORECASE)
 _AUDIO_NAME: Final = re.compile(rf"\.({'|'.join(EXTENSIONS)})$", re.IGNORECASE)
 
 
@@ -122,11 +123,11 @@ def _problem_with(save_to: str) -> str | None:
     if not save_to.strip():
         return "save_to is empty: give a folder or a URL such as s3://bucket/speech."
     if "\0" in save_to:
-        return f"save_to={without_password(save_to)!r} has a zero byte in it."
-    scheme = re.match(r"([a-z][a-z0-9+.-]*):/(?!/)", save_to)
-    if scheme and scheme[1] in known_implementations:
+        return f"save_to={without_login(save_to)!r} has a zero byte in it."
+    scheme = re.match(r"([a-z][a-z0-9+.-]*):(?!//)", save_to)
+    if scheme and scheme[1] in known_implementations and "::" not in save_to:
         return (
-            f"save_to begins with {scheme[0]}, and a URL begins with {scheme[0]}/. Give a URL as a string: Path() "
+            f"save_to begins with {scheme[0]}, and a URL begins with {scheme[0]}//. Give a URL as a string: Path() "
             "takes a slash away."
         )
     if os.name != "nt" and re.match(r"[A-Za-z]:[\\/](?!/)|\\\\", save_to):
@@ -312,7 +313,7 @@ class Destination:
             raise StorageError(f"{problem} Nothing was submitted.")
         if _AUDIO_NAME.search(save_to):
             raise NanoGPTError(
-                f"save_to={without_password(save_to)!r} is a folder, and this looks like a file. Give the folder, and "
+                f"save_to={without_login(save_to)!r} is a folder, and this looks like a file. Give the folder, and "
                 "the name of the file without its extension as `name`. Nothing was submitted.",
                 code="INVALID_REQUEST",
             )
@@ -331,8 +332,8 @@ class Destination:
 
     @property
     def shown(self) -> str:
-        """The place without the password that its URL may have, for messages and notes."""
-        return without_password(self.save_to)
+        """The place without the login that its URL may have, for messages and notes."""
+        return without_login(self.save_to)
 
     async def save(
         self,
@@ -503,19 +504,19 @@ class Destination:
             return True
         is_exclusive = not self._protocols.isdisjoint(_EXCLUSIVE) and self._creates_once()
         if not is_exclusive:
-            self.write("probe", b"What is written here must be seen here.")
+            self.write(PROBE, b"What is written here must be seen here.")
             self._see_probe()
         return is_exclusive
 
     def _see_probe(self) -> None:
         # Whether a bucket can be listed is known by now.
-        if self.read("probe") is None or not (self.is_bucket or "probe" in self.list_files("probe")):
+        if self.read(PROBE) is None or not (self.is_bucket or PROBE in self.list_files(PROBE)):
             raise StorageError(
                 f"{self.shown} does not show what is written to it, so what is paid for could not be found again."
             )
 
     def _creates_once(self) -> bool:
-        probe = f"{self.root}/probe"
+        probe = f"{self.root}/{PROBE}"
         created = 0
         for attempt in range(CREATE_ATTEMPTS):
             try:
@@ -579,6 +580,17 @@ class Destination:
                 pass
         elif self.is_bucket:
             self.fs.find(self.root, prefix=_PART)
+
+    def prove(self) -> None:
+        """Make sure of a place that is not a local folder that what is written here can be read again.
+
+        Raises:
+            StorageError: It cannot.
+        """
+        if not self.is_local:
+            self.write(PROBE, b"What is written here must be seen here.")
+            self._see_probe()
+            self.remove(PROBE)
 
     def find(self, stem: str) -> AudioFile | None:
         """Look for finished audio of that name, whatever its extension; None also where it is damaged."""
@@ -694,7 +706,7 @@ class Destination:
             return parent._place._replace(root=f"{parent.root}/{name}")
         url, settings = self.save_to, {}
         secrets: list[str] = []
-        if any(set("/?#") & set(password) for password in passwords_in(url)):
+        if any(set("/?#") & set(secret) for secret in secrets_in(url)):
             raise StorageError(
                 f"The password in save_to={self.shown!r} has a character that ends the host in a URL: write / as %2F, "
                 "? as %3F, # as %23 and @ as %40. Nothing was submitted."
@@ -706,7 +718,7 @@ class Destination:
                 # In a thread there is no loop to await in, but the flow's context may still say so.
                 block: Any = RemoteFileSystem.load(url.removeprefix(BLOCK), _sync=True)  # type: ignore[call-arg]
                 url, settings = block.basepath, block.settings
-            secrets += passwords_in(url)
+            secrets += secrets_in(url)
             bare, login = _split_login(url)
             secrets += _secrets_in({**fsspec.config.conf, "settings": settings})
             fs, root = _file_system(bare, login | settings)
@@ -714,7 +726,7 @@ class Destination:
             is_final = isinstance(error, (ImportError, ValueError, ftplib.error_perm))
             words = hide(secrets, str(error))
             raise StorageError(f"save_to={self.shown!r} cannot be used: {words}", retryable=not is_final) from None
-        return _Place(fs, root.rstrip("/"), urlsplit(without_password(url)).netloc, secrets)
+        return _Place(fs, root.rstrip("/"), urlsplit(without_login(url)).netloc, secrets)
 
     def _turn(self) -> AbstractContextManager[Any]:
         return self.fs.turn() if isinstance(self.fs, _OneThread) else nullcontext()
@@ -753,7 +765,7 @@ class Destination:
     def _location(self, path: str) -> str:
         if self.is_local:
             return path
-        location = without_password(str(self.fs.unstrip_protocol(path)))
+        location = without_login(str(self.fs.unstrip_protocol(path)))
         # The drivers of other machines, SFTP's for one, leave out which machine it is.
         return location.replace(":///", f"://{self._place.host}/", 1) if hasattr(self.fs, "host") else location
 
@@ -790,7 +802,7 @@ class Destination:
     @property
     def _secrets(self) -> list[str]:
         place: _Place | None = vars(self).get("_place")  # without loading a block
-        return place.secrets if place else passwords_in(self.save_to)
+        return place.secrets if place else secrets_in(self.save_to)
 
 
 def _audio_file(location: str, sound: Sound, size: int, sha256: str) -> AudioFile:

@@ -7,31 +7,38 @@ batch, and nothing else.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import codecs
-import io
+import contextvars
 import logging
+import math
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Final
+from types import FrameType
+from typing import Annotated, Any, Final, TypeVar
+from urllib.parse import urlsplit
 
 import httpx
 from cyclopts import App, CycloptsError, Parameter, validators
-from prefect import serve
+from prefect import aserve
 from prefect.deployments.runner import RunnerDeployment
-from prefect.exceptions import ParameterTypeError
+from prefect.exceptions import ParameterTypeError, PrefectException
 from prefect.logging.configuration import setup_logging
-from prefect.settings import PREFECT_API_URL, temporary_settings
-from pydantic import SecretStr, ValidationError
+from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+from pydantic import SecretStr, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.status import Status
 from rich.text import Text
@@ -39,6 +46,7 @@ from rich.text import Text
 import prefect_nanogpt.flows
 import prefect_nanogpt.tasks
 from prefect_nanogpt import NanoGPTCredentials, __version__
+from prefect_nanogpt.client import INVALID_CREDENTIALS
 from prefect_nanogpt.credentials import find_credentials
 from prefect_nanogpt.errors import (
     AudioError,
@@ -48,31 +56,72 @@ from prefect_nanogpt.errors import (
     NanoGPTError,
     SubmissionUncertain,
     TTSJobRejected,
-    without_password,
+    without_login,
 )
-from prefect_nanogpt.events import PASSWORD_LEFT_OUT
+from prefect_nanogpt.events import LOGIN_LEFT_OUT
 from prefect_nanogpt.flows import collect_open_tickets, text_to_speech, text_to_speech_batch, wait_for_tts
 from prefect_nanogpt.flows.forms import LONGEST_TIMEOUT_SECONDS
 from prefect_nanogpt.job import RESUBMIT, Resubmit
+from prefect_nanogpt.ledger import Ledger
 from prefect_nanogpt.lines import COMPLETED, read_lines
 from prefect_nanogpt.lines import FILE_NAME as MANIFEST
-from prefect_nanogpt.models import DEFAULT_MODEL, AudioFile, Ticket, TTSRequest, field_of, options_of, request_with
+from prefect_nanogpt.models import (
+    DEFAULT_MODEL,
+    AudioFile,
+    Money,
+    Ticket,
+    TTSRequest,
+    field_of,
+    options_of,
+    problems_in,
+    request_with,
+)
 from prefect_nanogpt.sandbox import Sandbox
 from prefect_nanogpt.sandbox import serve as serve_sandbox
 from prefect_nanogpt.storage import Destination, absolute
 from prefect_nanogpt.tables import option_value
+from prefect_nanogpt_command import STOP_SIGNALS
 
-__all__ = ["main"]
+__all__ = ["main", "stop"]
 
-Seconds = Annotated[float, Parameter(validator=validators.Number(gt=0, lte=LONGEST_TIMEOUT_SECONDS))]
-PositiveInt = Annotated[int, Parameter(validator=validators.Number(gte=1))]
+R = TypeVar("R")
+
+
+def _is_finite(_: Any, number: float | Decimal | None) -> None:
+    if number is not None and not math.isfinite(number):
+        raise ValueError("Must be a finite number.")
+
+
+def _is_money(_: Any, usd: Decimal | None) -> None:
+    try:
+        MONEY.validate_python(usd)
+    except ValidationError as error:
+        raise ValueError(f"Must be an amount of money: {problems_in(error)[0]}.") from None
+
+
+def _is_not_empty(_: Any, words: str | None) -> None:
+    if words is not None and not words.strip():
+        raise ValueError("Must not be empty.")
+
+
+MONEY: Final[TypeAdapter[Any]] = TypeAdapter(Money | None)
+MOST: Final = 2**31 - 1
+Seconds = Annotated[float, Parameter(validator=[_is_finite, validators.Number(gt=0, lte=LONGEST_TIMEOUT_SECONDS)])]
+PositiveInt = Annotated[int, Parameter(validator=validators.Number(gte=1, lte=MOST))]
+Port = Annotated[int, Parameter(validator=validators.Number(gte=0, lte=65_535))]
+Usd = Annotated[Decimal | None, Parameter(validator=_is_money)]
+Words = Annotated[str, Parameter(validator=_is_not_empty)]
 SEVERAL: Final = Parameter(negative=(), consume_multiple=False, show_default=False)
+PREFECT_FAILED: Final = (httpx.HTTPError, RuntimeError, PrefectException)
 NO_KEY: Final = "No NANOGPT_API_KEY: a local sandbox stands in for NanoGPT, with play money."
 JOB_FAILED: Final = 1
 BAD_USAGE: Final = 2
-INTERRUPTED: Final = 130
-TERMINATED: Final = 143
 LONGEST_REASON: Final = 300
+LONGEST_USAGE: Final = 1_000
+LONGEST_TEXT: Final = 16 * 1024 * 1024
+"""In bytes. What is sent to Prefect as a parameter may be far shorter; this keeps an endless file out of the memory."""
+LAST_SECONDS: Final = 5.0
+SHOW_CURSOR: Final = b"\r\x1b[K\x1b[?25h"
 LONGEST_ARGUMENT: Final = 60
 UTF_16_MARKS: Final = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 GO_ON: Final = (
@@ -85,6 +134,125 @@ WAIT_ON: Final = "The job goes on. To wait for it again, at no cost:"
 class UsageError(Exception):
     """The command line cannot be followed."""
 
+
+class Stop:
+    """What Ctrl-C and SIGTERM do, at whatever moment, without an exception in whatever happens to run.
+
+    A flow runs in a thread of its own, and the main thread, where Python runs signal handlers, only waits: so Prefect
+    puts no handler of its own in the place of this one, and a flow that blocks its event loop can be stopped too.
+
+    Attributes:
+        number: The first signal that came.
+        last_words: Called before the process is left while a flow is running.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.last_words: Callable[[], None] = lambda: None
+        self._exit_code: int | None = None
+        self._presses = 0
+        self._is_leaving = False
+        self._is_starting = False
+        self._servers: list[subprocess.Popen[bytes]] = []
+        self._flow: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
+
+    def listen(self) -> None:
+        """Handle the signals that are not ignored, as a shell has it for what runs in the background."""
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._handle)
+
+    def run(self, main: Callable[[], Coroutine[Any, Any, R]]) -> R:
+        """Run what the first signal cancels, as Ctrl-C does in `asyncio.run`."""
+        done: Future[R] = Future()
+        context = contextvars.copy_context()
+
+        async def cancellable() -> R:
+            task = asyncio.current_task()
+            assert task is not None
+            self._flow = asyncio.get_running_loop(), task
+            return await main()
+
+        def run() -> None:
+            try:
+                done.set_result(context.run(asyncio.run, cancellable()))
+            except BaseException as error:
+                done.set_exception(error)
+
+        threading.Thread(target=run, name="prefect-nanogpt", daemon=True).start()
+        try:
+            return done.result()
+        finally:
+            self._flow = None
+
+    def settle(self, exit_code: int) -> None:
+        """Make a signal end the process at once with this code: there is nothing left to stop."""
+        self._exit_code = exit_code
+
+    def start_server(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        """Start a server that ends with this process, and not before: Ctrl-C in a terminal does not reach it."""
+        if not self._servers:
+            # Before Prefect has anything to send at the end, and so after that is sent.
+            atexit.register(self._end_servers)
+        self._is_starting = True
+        server = subprocess.Popen(
+            command,
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self._servers.append(server)
+        self._is_starting = False
+        if self.number is not None:
+            self._leave(128 + self.number)
+        return server
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        self.number = self.number or number
+        self._presses += 1
+        if self._is_starting:
+            return  # whoever starts a server looks when it is known
+        if self._exit_code is not None:
+            self._leave(self._exit_code)
+        if self._flow is None:
+            self._leave(128 + number)
+        elif self._presses > 2:
+            self.last_words()
+            self._leave(128 + number)
+        else:
+            loop, task = self._flow
+            with suppress(RuntimeError):  # it has just ended
+                loop.call_soon_threadsafe(task.cancel if self._presses == 1 else self._cancel_all, loop)
+
+    @staticmethod
+    def _cancel_all(loop: asyncio.AbstractEventLoop) -> None:
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+
+    def _leave(self, code: int) -> None:
+        if console.is_terminal and not console.is_dumb_terminal:
+            with suppress(OSError):
+                os.write(2, SHOW_CURSOR)
+        if self._is_leaving:  # by somebody who does not want to wait: the servers have been told
+            os._exit(code)
+        self._is_leaving = True
+        self._end_servers()
+        os._exit(code)
+
+    def _end_servers(self) -> None:
+        for server in self._servers:
+            server.terminate()
+        for server in self._servers:
+            try:
+                server.wait(LAST_SECONDS)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait(LAST_SECONDS)
+
+
+stop: Final = Stop()
 
 app = App(
     name="prefect-nanogpt",
@@ -112,12 +280,12 @@ class JobOptions:
         resubmit: Submit anew what is uncertain, lost or refused, although it may have been charged for.
     """
 
-    model: str = DEFAULT_MODEL
-    voice: str | None = None
+    model: Words = DEFAULT_MODEL
+    voice: Words | None = None
     option: Annotated[tuple[str, ...], SEVERAL] = ()
-    save_to: str = "audio"
+    save_to: Words = "audio"
     timeout_seconds: Seconds = 600.0
-    max_cost: Annotated[Decimal | None, Parameter(validator=validators.Number(gte=0))] = None
+    max_cost: Usd = None
     take: PositiveInt = 1
     resubmit: Annotated[tuple[Resubmit, ...], SEVERAL] = ()
 
@@ -133,9 +301,9 @@ def say(
     text: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     *,
     file: Path | None = None,
-    speed: float | None = None,
-    response_format: str | None = None,
-    name: str | None = None,
+    speed: Annotated[float | None, Parameter(validator=_is_finite)] = None,
+    response_format: Words | None = None,
+    name: Words | None = None,
     job: JobOptions = JobOptions(),
 ) -> int:
     """Say a text and save the audio. Without an API key, the sandbox says it.
@@ -199,9 +367,12 @@ def _text_of(text: str | None, file: Path | None) -> str:
     if file is None and sys.stdin is None:
         raise UsageError("Standard input cannot be read: it is closed.")
     try:
-        content = file.read_bytes() if file is not None else sys.stdin.buffer.read()
-    except OSError as error:
+        with file.open("rb") if file is not None else nullcontext(sys.stdin.buffer) as stream:
+            content = stream.read(LONGEST_TEXT + 1)
+    except (OSError, ValueError) as error:  # such as a name with a zero byte
         raise UsageError(f"{what} cannot be read: {error}") from None
+    if len(content) > LONGEST_TEXT:
+        raise UsageError(f"{what} cannot be read: it has more than {LONGEST_TEXT:,} bytes. Nothing was submitted.")
     # The same text is the same job, wherever its lines were ended.
     return _decoded(content, f"{what} cannot be read: it").replace("\r\n", "\n").replace("\r", "\n")
 
@@ -235,7 +406,7 @@ def _argument(number: int, argument: str) -> str:
         return argument
     content = os.fsencode(argument)
     shown = textwrap.shorten(content.decode(errors="backslashreplace"), LONGEST_ARGUMENT, placeholder="…")
-    return _decoded(content, f"The argument {number} ({without_password(shown)})")
+    return _decoded(content, f"The argument {number} ({without_login(shown)})")
 
 
 @app.command
@@ -243,7 +414,9 @@ def batch(
     lines: str,
     *,
     max_in_flight: PositiveInt = 100,
-    requests_per_second: Annotated[float, Parameter(validator=validators.Number(gte=0.01, lte=25))] = 20.0,
+    requests_per_second: Annotated[
+        float, Parameter(validator=[_is_finite, validators.Number(gte=0.01, lte=25)])
+    ] = 20.0,
     job: JobOptions = JobOptions(),
 ) -> int:
     """Say every line of a file, each into a file of its own. Run it again to do what is missing.
@@ -276,10 +449,10 @@ def batch(
 def wait(
     run_id: str,
     *,
-    model: str,
-    cost: Decimal | None = None,
-    payment_source: str | None = None,
-    save_to: str = "audio",
+    model: Words,
+    cost: Usd = None,
+    payment_source: Words | None = None,
+    save_to: Words = "audio",
     timeout_seconds: Seconds = 600.0,
 ) -> int:
     """Wait for a job that was submitted before, and save its audio.
@@ -303,9 +476,15 @@ def wait(
 @app.command
 def sandbox(
     *,
-    port: int = 8765,
-    audio_port: int | None = None,
-    job_seconds: Annotated[float, Parameter(help="How long a job takes, in seconds.")] = 3.0,
+    port: Port = 8765,
+    audio_port: Port | None = None,
+    job_seconds: Annotated[
+        float,
+        Parameter(
+            help="How long a job takes, in seconds.",
+            validator=[_is_finite, validators.Number(gte=0, lte=LONGEST_TIMEOUT_SECONDS)],
+        ),
+    ] = 3.0,
 ) -> int:
     """Serve a local stand-in for NanoGPT's API, until Ctrl-C.
 
@@ -313,22 +492,31 @@ def sandbox(
         port: The port of the API.
         audio_port: The port of the audio host; the next one by default.
     """
-    serve_sandbox(port=port, audio_port=audio_port, job_seconds=job_seconds)
+    try:
+        serve_sandbox(port=port, audio_port=audio_port, job_seconds=job_seconds)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    except OSError as error:
+        console.print(f"The sandbox cannot start: {error}", style="red", markup=False)
+        return JOB_FAILED
     return 0
 
 
 @app.command(name="serve")
-def serve_flows(*, port: int = 4200) -> int:
+def serve_flows(*, port: Port = 4200) -> int:
     """Put all flows into the Prefect UI and run them here, without a worker, until Ctrl-C.
 
     Starts a Prefect server unless PREFECT_API_URL names one, and without an API key also the sandbox.
 
     Args:
-        port: The port of the server, if one is started.
+        port: The port of the server, if one is started; 0 for a free one.
     """
+    _check_environment()
     with ExitStack() as stack:
-        if not PREFECT_API_URL.value():
-            stack.enter_context(_server(port))
+        if not _api_url():
+            console.print("Starting Prefect…")
+            url = stack.enter_context(_server(port or _free_port()))
+            console.print(f"The flows are at {url}/deployments. Ctrl-C stops everything.")
         try:
             asyncio.run(find_credentials())
         except CredentialsError as error:
@@ -338,69 +526,129 @@ def serve_flows(*, port: int = 4200) -> int:
             os.environ.update(NANOGPT_API_KEY="sandbox", NANOGPT_BASE_URL=stand_in.base_url)
             console.print(NO_KEY)
         flows = (wait_for_tts, text_to_speech, text_to_speech_batch, collect_open_tickets)
-        serve(
-            *(RunnerDeployment.from_flow(flow, "local", tags=["nanogpt", "speech"]) for flow in flows),
-            print_starting_message=False,
-        )
+        deployments = [RunnerDeployment.from_flow(flow, "local", tags=["nanogpt", "speech"]) for flow in flows]
+        try:
+            stop.run(lambda: aserve(*deployments, print_starting_message=False))
+        except (asyncio.CancelledError, *PREFECT_FAILED) as error:
+            if stop.number is None:
+                return _prefect_failed(error)
     return 0
 
 
 @contextmanager
-def _server(port: int) -> Iterator[None]:
-    """Run a Prefect server with its UI, and point this process and its children at it."""
+def _server(port: int, **environment: str) -> Iterator[str]:
+    """Run a Prefect server, and point this process and its children at it."""
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    # In a group of its own, so that Ctrl-C reaches it only after the runs have been told.
-    server = subprocess.Popen(
-        command,
-        env={**os.environ, "PREFECT_SERVER_UI_API_URL": f"{url}/api"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
+    server = stop.start_server(
+        [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
+        {"PREFECT_SERVER_UI_API_URL": f"{url}/api", **environment},
     )
-    try:
-        console.print("Starting Prefect…")
-        while True:
-            try:
-                if httpx.get(f"{url}/api/health").is_success:
-                    break
-            except httpx.HTTPError:
-                if server.poll() is not None:
-                    raise NanoGPTError(
-                        f"No Prefect server could be started on port {port}.", code="NO_SERVER"
-                    ) from None
-            time.sleep(0.2)
-        os.environ["PREFECT_API_URL"] = f"{url}/api"
-        with temporary_settings({PREFECT_API_URL: f"{url}/api"}):
-            console.print(f"The flows are at {url}/deployments. Ctrl-C stops everything.")
+    while True:
+        try:
+            # Whatever else listens there, it is not the server that is to be used.
+            if server.poll() is None and httpx.get(f"{url}/api/health").is_success:
+                break
+        except httpx.HTTPError:
+            pass
+        if server.poll() is not None:
+            raise NanoGPTError(
+                f"No Prefect server could be started on port {port}. `prefect server start --port {port}` says why.",
+                code="NO_SERVER",
+            )
+        time.sleep(0.1)
+    os.environ["PREFECT_API_URL"] = f"{url}/api"
+    with temporary_settings({PREFECT_API_URL: f"{url}/api"}):
+        yield url
+
+
+@contextmanager
+def _prefect() -> Iterator[None]:
+    """Find the Prefect server that is set, or else run one for as long as this process."""
+    if _api_url():
+        yield
+    elif not get_current_settings().server.ephemeral.enabled:
+        raise UsageError("PREFECT_API_URL is not set, and Prefect's settings allow no temporary server.")
+    else:
+        # As Prefect starts one by itself: without UI, and with no more services than flows need.
+        with _server(_free_port(), PREFECT_UI_ENABLED="false", PREFECT__SERVER_EPHEMERAL="1"):
             yield
-    finally:
-        server.terminate()
-        server.wait()
 
 
-def main() -> None:
-    """Run the command line and exit: 0, 1 for a job that failed, 2 for bad usage."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal has no characters for ends nothing
-            stream.reconfigure(errors="backslashreplace")
+def _api_url() -> str | None:
+    url: str | None = PREFECT_API_URL.value()
+    if url and not _is_http(url):
+        raise UsageError(f"What PREFECT_API_URL is set to is not an http or https URL: {without_login(url)}.")
+    return url
+
+
+def _is_http(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # such as a port that is no number
+        return False
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def main() -> int:
+    """Run the command line, and give the exit code: 0, 1 for a job that failed, 2 for bad usage, 128 + the signal."""
+    stop.listen()
     try:
         sys.argv[1:] = [_argument(number, argument) for number, argument in enumerate(sys.argv[1:], 1)]
-        sys.exit(app(sys.argv[1:]))
+        app(sys.argv[1:])
+    except SystemExit as end:  # how the parser hands on what a command has returned
+        return end.code if isinstance(end.code, int) else 0
     except (CycloptsError, UsageError) as error:
-        console.print(f"{error} (prefect-nanogpt --help)", markup=False)
+        words = str(error)
+        words = words if len(words) <= LONGEST_USAGE else f"{words[:LONGEST_USAGE]}…"
+        console.print(f"{words} (prefect-nanogpt --help)", markup=False)
     except ValidationError as error:
         for problem in error.errors():
             option = "".join(f"--{field}: " for field in problem["loc"][:1]).replace("_", "-")
             console.print(f"{option}{problem['msg'].removeprefix('Value error, ')}", markup=False)
     except NanoGPTError as error:
         console.print(str(error), style="red", markup=False)
-        sys.exit(JOB_FAILED)
-    sys.exit(BAD_USAGE)
+        return JOB_FAILED
+    else:
+        return 0
+    return BAD_USAGE
+
+
+def _check_environment() -> None:
+    """Refuse what the environment has and cannot be used, before a server is started."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UsageError(f"The working directory cannot be used: {error.strerror}") from None
+
+    async def check() -> None:
+        async with (await find_credentials()).get_client():
+            pass
+
+    if os.environ.get("NANOGPT_API_KEY", "").strip() or os.environ.get("NANOGPT_BASE_URL"):
+        try:
+            asyncio.run(check())
+        except CredentialsError as error:
+            raise UsageError(error.message) from None
+    if place := Ledger.elsewhere(None):
+        try:
+            if (folder := Destination(place)).is_local:
+                folder.check()
+        except NanoGPTError as error:
+            raise UsageError(f"NANOGPT_LEDGER: {error.message.replace('save_to', 'it', 1)}") from None
+        except OSError as error:
+            raise UsageError(f"NANOGPT_LEDGER: {without_login(place)} cannot be used: {error}") from None
 
 
 def _refuse_if_given(error: CredentialsError) -> None:
     """Let the sandbox stand in where no credentials were given, and nowhere else."""
+    if error.retryable:
+        raise error
     if error.code != CredentialsError.default_code:
         raise UsageError(error.message) from None
 
@@ -423,54 +671,40 @@ def _run(flow_run: Callable[[NanoGPTCredentials], Awaitable[str]], save_to: str)
 
 
 def _run_tracked(flow_run: Callable[[], Coroutine[Any, Any, str]], save_to: str) -> int:
-    # A server that Prefect starts for the occasion is nobody's to watch: what it has to say is said through the API.
+    # A server that is started for the occasion is nobody's to watch: what it has to say is said through the API.
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
-    signals: list[int] = []
-
-    def terminated(number: int, frame: object) -> None:
-        signals.append(number)
-        signal.raise_signal(signal.SIGINT)  # which asyncio turns into a cancellation
-
-    async def run() -> str:
-        watch = asyncio.create_task(_keep_handler(terminated))
-        try:
-            return await flow_run()
-        finally:
-            watch.cancel()
-
+    _check_environment()
+    stop.last_words = lambda: console.print(f"Stopped. {_to_go_on(save_to)}", markup=False)
     try:
-        with _progress():
-            location = asyncio.run(run())
+        with _progress(), _prefect():
+            location = stop.run(flow_run)
     except ParameterTypeError as error:
         raise UsageError(str(error).partition("\n - ")[2]) from None
     except NanoGPTError as error:
         console.print(str(error), style="red", markup=False)
         if how := _how_to_go_on(error, save_to):
             console.print(how, markup=False)
-        return JOB_FAILED
-    except KeyboardInterrupt:
-        console.print(f"Stopped. {_to_go_on(save_to)}", markup=False)
-        return TERMINATED if signals else INTERRUPTED
-    except (httpx.HTTPError, RuntimeError) as error:
-        server = PREFECT_API_URL.value() or ""
-        words = str(error).replace(server, without_password(server)) if server else str(error)
-        words = textwrap.shorten(words, LONGEST_REASON, placeholder="…")
-        console.print(f"Prefect cannot be used: {words}", style="red", markup=False)
+        if error.code == INVALID_CREDENTIALS and not error.retryable:
+            return BAD_USAGE
+        return JOB_FAILED if stop.number is None else 128 + stop.number
+    except (asyncio.CancelledError, *PREFECT_FAILED) as error:
+        if stop.number is not None:
+            stop.last_words()
+            return 128 + stop.number
+        code = _prefect_failed(error)
         console.print(_to_go_on(save_to), markup=False)
-        return JOB_FAILED
+        return code
     print(location)
     return 0
 
 
-async def _keep_handler(handler: Callable[[int, object], None]) -> None:
-    """Keep the handler of SIGTERM in place.
-
-    Prefect sets one when a flow begins that raises an exception in whatever happens to run, and asyncio swallows that.
-    """
-    while True:
-        signal.signal(signal.SIGTERM, handler)
-        await asyncio.sleep(0.1)
+def _prefect_failed(error: BaseException) -> int:
+    server = PREFECT_API_URL.value() or ""
+    words = str(error).replace(server, without_login(server)) if server else str(error)
+    words = textwrap.shorten(words, LONGEST_REASON, placeholder="…")
+    console.print(f"Prefect cannot be used: {words}", style="red", markup=False)
+    return JOB_FAILED
 
 
 def _this_command(save_to: str, *more: str) -> str:
@@ -488,12 +722,12 @@ def _this_command(save_to: str, *more: str) -> str:
     given = [*kept, "--save-to", place]
     # A text is left as it is: with another one the command would pay for another job.
     shown = (
-        [without_password(word) for word in given]
+        [without_login(word) for word in given]
         if typed[:1] == ["batch"]
-        else [*kept, "--save-to", without_password(place)]
+        else [*kept, "--save-to", without_login(place)]
     )
-    notes = ["with the same text on standard input"] if "-" in kept else []
-    notes += [PASSWORD_LEFT_OUT] if shown != given else []
+    notes = ["with the same text on standard input"] if typed[:1] == ["say"] and "-" in kept else []
+    notes += [LOGIN_LEFT_OUT] if shown != given else []
     command = shlex.join([*shown, *more, *typed[end:]])
     return f"{command}  # {' and '.join(notes)}" if notes else command
 

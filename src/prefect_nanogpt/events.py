@@ -12,13 +12,13 @@ from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 from pydantic import BaseModel, ConfigDict
 
-from prefect_nanogpt.errors import without_password
+from prefect_nanogpt.errors import without_login
 from prefect_nanogpt.models import Ticket
 
 __all__ = ["RunReference", "announce", "resume_command", "run_logger", "this_run"]
 
 LOGGER_NAME: Final = "prefect.nanogpt"
-PASSWORD_LEFT_OUT: Final = "with the password put back into the URL"
+LOGIN_LEFT_OUT: Final = "with the user and the password put back into the URL"
 
 
 class RunReference(BaseModel):
@@ -67,15 +67,18 @@ def announce(
         payload |= {"currency": ticket.payment_source}
         if ticket.cost is not None:
             payload |= {"cost": f"{ticket.cost:f}"}
-    emit_event(
-        event=f"nanogpt.tts.{what}",
-        resource={
-            "prefect.resource.id": f"nanogpt.tts.{run_id}",
-            "prefect.resource.name": run_id,
-            "nanogpt.model": model,
-        },
-        payload={name: value for name, value in payload.items() if value is not None},
-    )
+    try:
+        emit_event(
+            event=f"nanogpt.tts.{what}",
+            resource={
+                "prefect.resource.id": f"nanogpt.tts.{run_id}",
+                "prefect.resource.name": run_id,
+                "nanogpt.model": model,
+            },
+            payload={name: value for name, value in payload.items() if value is not None},
+        )
+    except Exception as error:  # nobody's job ends because nobody can be told of it
+        run_logger().warning("The event nanogpt.tts.%s could not be emitted: %s", what, error)
 
 
 def run_logger() -> logging.Logger | logging.LoggerAdapter[Any]:
@@ -87,12 +90,17 @@ def run_logger() -> logging.Logger | logging.LoggerAdapter[Any]:
 
 
 def resume_command(ticket: Ticket, save_to: str) -> str:
-    """Write the shell command that waits for a ticket again, without the password that a URL may have."""
-    words = ["prefect-nanogpt", "wait", ticket.run_id, "--model", ticket.model]
+    """Write the shell command that waits for a ticket again, without the login that a URL may have."""
+    shown = without_login(save_to)
+    options = {"model": ticket.model, "payment-source": ticket.payment_source, "save-to": shown}
     if ticket.cost is not None:
-        words += ["--cost", f"{ticket.cost:f}"]
-    if ticket.payment_source:
-        words += ["--payment-source", ticket.payment_source]
-    shown = without_password(save_to)
-    command = shlex.join([*words, "--save-to", shown])
-    return command if shown == save_to else f"{command}  # {PASSWORD_LEFT_OUT}"
+        options["cost"] = f"{ticket.cost:f}"
+    words = []
+    for name in ("model", "cost", "payment-source", "save-to"):
+        if value := options.get(name):
+            # What begins with a dash is taken for an option, unless it says that it is not.
+            words += [f"--{name}={value}"] if value.startswith("-") else [f"--{name}", value]
+    is_like_an_option = ticket.run_id.startswith("-")
+    words = [*words, "--", ticket.run_id] if is_like_an_option else [ticket.run_id, *words]
+    command = shlex.join(["prefect-nanogpt", "wait", *words])
+    return command if shown == save_to else f"{command}  # {LOGIN_LEFT_OUT}"

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: help demo test bench bench-quick screenshots reference lint format lock clean
+.PHONY: help demo test fuzz bench bench-quick screenshots reference lint format lock clean
 
 help: ## Show what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -22,6 +22,9 @@ demo: $(VENV)/.installed ## Say a sentence with the sandbox, tracked in Prefect,
 
 test: $(VENV)/.installed ## Run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.installed ## Answer every call with odd bytes that are new, for FUZZ_SECONDS a test
+	FUZZ_SECONDS=$(or $(FUZZ_SECONDS),120) $(BIN)/python -m pytest tests/test_fuzz.py $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed ## Measure everything into docs/performance.md (half an hour)
 	$(BIN)/python -m benchmarks

@@ -1,7 +1,9 @@
 """Settings and parameters that cannot be meant: each is refused with a word, before anything is sent or stored."""
 
+import asyncio
 import json
 import logging
+from base64 import b64encode
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowFilter
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.runtime import flow_run as runtime
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from prefect_nanogpt import NanoGPTCredentials
 from prefect_nanogpt.client import NanoGPTClient, problem_with_base_url
@@ -26,6 +28,7 @@ from prefect_nanogpt.models import PollSchedule, Ticket, TTSRequest
 from prefect_nanogpt.sandbox import Sandbox
 from prefect_nanogpt.storage import Destination
 from prefect_nanogpt.tasks import get_tts_status, submit_tts
+from prefect_nanogpt.tasks.ledgers import open_ledger
 from tests.conftest import API_KEY
 
 LINES = [{"id": name, "text": f"Line {name}."} for name in ("one", "two", "three", "four", "five")]
@@ -184,6 +187,19 @@ async def test_a_place_that_cannot_be_written_is_refused_before_anything_is_paid
     assert sandbox.requests() == []
 
 
+async def test_many_who_prove_a_place_at_once_do_not_disturb_each_other(
+    credentials: NanoGPTCredentials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANOGPT_LEDGER", str(tmp_path))
+    theirs = Destination("memory://proven")
+    theirs.write("probe", b"a file of somebody's own")
+
+    await asyncio.gather(*(open_ledger("memory://proven", credentials) for _ in range(20)))
+
+    assert theirs.read("probe") == b"a file of somebody's own"
+    assert list(theirs.list_files()) == ["probe"]
+
+
 async def test_a_place_that_takes_what_it_does_not_give_back_is_refused(
     sandbox: Sandbox, credentials: NanoGPTCredentials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +256,30 @@ def test_an_address_is_named_without_its_login() -> None:
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("login", ["proxy:123/abc", "u:12#4pw", "u:p@ss/word", "evil.example/:x", "u:100%41", "u:p?x"])
+async def test_the_login_of_an_address_is_a_login_whatever_characters_it_has(login: str, sandbox: Sandbox) -> None:
+    block = NanoGPTCredentials(api_key=API_KEY, base_url=sandbox.base_url, base_url_login=login)  # type: ignore[arg-type]
+
+    async with block.get_client() as client:
+        await client.submit(TTSRequest(text="Hello."))
+
+    [request] = sandbox.requests("submit")
+    assert request.headers["authorization"] == f"Basic {b64encode(login.encode()).decode()}"
+    assert client.base_url == block.base_url == sandbox.base_url
+
+
+def test_only_the_login_of_the_address_itself_is_moved() -> None:
+    block = NanoGPTCredentials(
+        api_key=API_KEY,  # type: ignore[arg-type]
+        base_url="https://me:p%2Fw@Gateway.Corp:443/api?u=http://a:pw@c",
+        ledger="ftp://speaker:secret@host/x",
+    )
+
+    assert block.base_url == "https://gateway.corp/api?u=http://a:pw@c"
+    assert block.base_url_login == SecretStr("me:p/w")
+    assert (block.ledger, block.ledger_login) == ("ftp://host/x", SecretStr("speaker:secret"))
+
+
 @pytest.mark.parametrize("source", ["environment", "block", "parameter"])
 async def test_a_key_with_odd_characters_names_where_it_is_from(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     odd = f"{API_KEY}\nX-Injected: yes"
@@ -265,7 +305,7 @@ async def test_a_key_with_odd_characters_names_where_it_is_from(source: str, mon
 def test_a_proxy_that_cannot_be_used_is_named_as_that(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALL_PROXY", proxy)
 
-    with pytest.raises(ProviderError, match="The proxy that the environment names cannot be used"):
+    with pytest.raises(ProviderError, match="The proxy that the environment names, or its NO_PROXY, cannot be used"):
         NanoGPTClient(API_KEY)
 
 

@@ -1,6 +1,8 @@
 """Where the audio host may be: what is checked is what is connected to, over real sockets."""
 
+import asyncio
 import ipaddress
+import os
 import socket
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -10,7 +12,8 @@ import pytest
 
 from prefect_nanogpt.client import NanoGPTClient
 from prefect_nanogpt.connections import AudioHosts, is_public, split_login
-from prefect_nanogpt.errors import AudioError, CredentialsError
+from prefect_nanogpt.errors import AudioError, CredentialsError, NothingSent, ProviderError, SubmissionUncertain
+from prefect_nanogpt.models import Ticket, TTSRequest
 from tests.conftest import API_KEY
 from tests.https_server import NAME, HttpsServer, https_server, ok, proxy
 
@@ -65,6 +68,10 @@ def test_what_is_not_of_the_internet_or_leads_around_it_is_not_public(address: s
         (["[fd00::1]"], "fd00::1", "fd00::1", True),
         (["64:ff9b::/96"], "any.example", "64:ff9b::808:808", True),
         (["10.0.0.0/8"], "any.example", "::ffff:10.0.0.1", True),
+        (["64:ff9b::/96"], "any.example", "64:ff9b::7f00:1", False),
+        (["64:ff9b::/96", "127.0.0.1"], "any.example", "64:ff9b::7f00:1", True),
+        (["straße.internal"], "xn--strae-oqa.internal", "10.0.0.1", True),
+        (["*.bücher.internal"], "a.xn--bcher-kva.internal", "10.0.0.1", True),
         (["bücher.internal"], "xn--bcher-kva.internal", "10.0.0.1", True),
         ([], "any.example", "8.8.8.8", True),
         (["audio.internal"], "any.example", "8.8.8.8", True),
@@ -223,6 +230,50 @@ async def test_a_proxy_is_asked_for_the_name_and_never_for_a_private_address(
                 await fetched(server, url=f"https://{address}")
 
     assert asked == [f"{NAME}:{server.port}"]
+
+
+async def test_a_submission_that_a_proxy_does_not_pass_on_was_never_sent(
+    server: HttpsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"this is no HTTP\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as broken:
+        monkeypatch.setenv("HTTPS_PROXY", "http://{}:{}".format(*broken.sockets[0].getsockname()))
+        async with NanoGPTClient(API_KEY, f"https://{NAME}:{server.port}/api") as client:
+            with pytest.raises(NothingSent):
+                await client.submit(TTSRequest(text="Hello."))
+
+    assert server.reached == []
+
+
+async def test_garbage_in_the_middle_of_tls_is_a_typed_error(
+    server: HttpsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(ok(BODY)[:500])
+        await writer.drain()
+        socket.socket(fileno=os.dup(writer.get_extra_info("socket").fileno())).send(b"\x16\x03\x01 garbage")
+        await asyncio.sleep(0.2)
+        writer.close()
+
+    resolving(monkeypatch, "127.0.0.1")
+    async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=server.context) as broken:
+        port = broken.sockets[0].getsockname()[1]
+        async with NanoGPTClient(API_KEY, f"https://{NAME}:{port}/api", audio_hosts=[NAME]) as client:
+            with pytest.raises(ProviderError) as of_the_status:
+                await client.status(Ticket(run_id="98b0", model="m"))
+            with pytest.raises(SubmissionUncertain):
+                await client.submit(TTSRequest(text="Hello."))
+            with pytest.raises(AudioError) as of_the_audio:
+                async with client.download(f"https://{NAME}:{port}/1.mp3") as response:
+                    await response.aread()
+
+    assert of_the_status.value.retryable
+    assert of_the_audio.value.retryable
 
 
 async def test_a_host_that_no_proxy_is_for_is_checked(server: HttpsServer, monkeypatch: pytest.MonkeyPatch) -> None:

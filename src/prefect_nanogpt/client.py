@@ -28,7 +28,7 @@ from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import anyio
 import httpx
@@ -104,8 +104,12 @@ _NOTHING_SENT: Final = (
     httpx.UnsupportedProtocol,
 )
 # What httpx raises for an answer that is none: of its own kind, of a redirect's URL, of the codecs.
-_FAULTS: Final = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, ValueError)
+_FAULTS: Final = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError, ValueError)
 UNREACHABLE: Final = "PROVIDER_UNREACHABLE"
+_UNPACKED: Final = frozenset({"gzip", "x-gzip", "deflate"})
+_PACKINGS: Final = _UNPACKED | {"br", "zstd", "compress"}
+"""Others are said of what is not packed: `aws-chunked`, `utf-8`, `none`."""
+_GZIP_TRAILER_BYTES: Final = 8
 LAST_WORD_SECONDS: Final = 25.0
 """How long a process that is being stopped waits for the answer to a submission: Prefect kills it after 30 s."""
 ONE_INTERRUPTION_SECONDS: Final = 1.0
@@ -141,15 +145,26 @@ class _Answer:
             text = self.content.decode(errors="replace")
         try:
             # Money is exact: a JSON number becomes a Decimal without passing through binary floating point.
-            return json.loads(
+            body = json.loads(
                 _without(self.secrets, text),
                 parse_float=_number,
                 parse_int=_number,
                 parse_constant=lambda _: None,
                 strict=False,
             )
+            return self._masked(body) if "\\u" in text else body  # an escape may hide what is secret
         except (ValueError, RecursionError):
             return None
+
+    def _masked(self, value: Any) -> Any:
+        match value:
+            case str():
+                return _without(self.secrets, value)
+            case list():
+                return [self._masked(item) for item in value]
+            case dict():
+                return {name: self._masked(item) for name, item in value.items()}
+        return value
 
     @property
     def request_id(self) -> str | None:
@@ -242,7 +257,8 @@ class NanoGPTClient:
             )
         except (ImportError, ValueError, httpx.InvalidURL) as error:
             raise ProviderError(
-                f"The proxy that the environment names cannot be used ({self._words(error)}).", code=UNREACHABLE
+                f"The proxy that the environment names, or its NO_PROXY, cannot be used ({self._words(error)}).",
+                code=UNREACHABLE,
             ) from None
         self._is_strict = self.base_url.lower().startswith("https:")
         self._audio = AudioTransport(ssl_context, hosts if self._is_strict else None)
@@ -253,9 +269,8 @@ class NanoGPTClient:
             "connection": "keep-alive",
         }
         self._has_posted = False
-        # These two belong to the background, where all submissions are sent.
-        self._posts = 0
         self._is_closed = False
+        self._posts = 0  # counted in the background, where all submissions are sent
         self.requests_per_second: float | None = None
         self._next_turn = 0.0
         self._api_gate = asyncio.Semaphore(REQUESTS_AT_ONCE)
@@ -274,13 +289,13 @@ class NanoGPTClient:
 
     async def aclose(self) -> None:
         """Close all connections."""
+        self._is_closed = True
         await self._api.aclose()
         await self._audio.aclose()
         if self._has_posted:
             await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._close_submissions(), _background()))
 
     async def _close_submissions(self) -> None:
-        self._is_closed = True
         if not self._posts:
             await self._submissions.aclose()
 
@@ -331,7 +346,7 @@ class NanoGPTClient:
             raise NothingSent(
                 f"{self.base_url} could not be reached ({self._words(error)}).", code=UNREACHABLE, retryable=True
             ) from None
-        except Exception as error:  # whatever it is, the request has left
+        except Exception as error:  # whatever it is, the request may have left
             raise SubmissionUncertain(
                 f"The connection to {self.base_url} broke after the request had left ({self._words(error)})."
             ) from None
@@ -343,8 +358,9 @@ class NanoGPTClient:
             raise self._refusal(answer)
         if not 200 <= answer.status < 300:
             said = self._refusal(answer)
+            run_id = f" The run id in it is {answer.run_id}." if answer.run_id else ""
             raise SubmissionUncertain(
-                f"The provider answered the submission with HTTP {answer.status}: {said.message}",
+                f"The provider answered the submission with HTTP {answer.status}: {said.message}{run_id}",
                 http_status=answer.status,
                 request_id=said.request_id,
             )
@@ -369,11 +385,23 @@ class NanoGPTClient:
             ) from None
 
     async def _send(self, built: httpx.Request) -> _Answer:
-        if self._submissions.is_closed:  # by a flow that was stopped while this was about to be sent
+        if self._is_closed:  # while this was about to be sent
             raise httpx.ConnectError("the client is closed")
+        has_left = False
+
+        async def trace(event: str, details: Mapping[str, Any]) -> None:
+            nonlocal has_left
+            # A proxy is asked to connect before.
+            has_left |= event.endswith("send_request_headers.started") and details["request"].method != b"CONNECT"
+
+        built.extensions["trace"] = trace
         self._posts += 1
         try:
             return await self._read(self._submissions, built, LARGEST_ANSWER_BYTES, LONGEST_ANSWER_SECONDS)
+        except Exception as error:
+            if not has_left and not isinstance(error, _NOTHING_SENT):
+                raise httpx.ConnectError(f"{type(error).__name__}: {error}") from None
+            raise
         finally:
             self._posts -= 1
             if self._is_closed and not self._posts:  # closed while its last answer was waited for
@@ -391,7 +419,7 @@ class NanoGPTClient:
                     if len(packed) > largest:
                         problem = f"its answer is larger than {largest:,} bytes"
                         break
-        except (TimeoutError, httpx.HTTPError) as error:
+        except (OSError, httpx.HTTPError) as error:  # of TLS there are errors that httpx leaves as they are
             is_late = isinstance(error, TimeoutError)
             if response is None:
                 raise httpx.ReadTimeout(f"no answer after {seconds:.0f} s") if is_late else error from None
@@ -402,7 +430,7 @@ class NanoGPTClient:
             if response is not None:
                 await response.aclose()
         del packed[largest:]
-        content, odd = _unpacked(bytes(packed), response.headers.get("content-encoding", ""), largest)
+        content, odd = _unpacked(bytes(packed), _packings(response.headers), largest)
         return _Answer(response.status_code, response.headers, content, problem or odd, self._secrets)
 
     async def submit(self, request: TTSRequest) -> Submission:
@@ -506,7 +534,7 @@ class NanoGPTClient:
 
     def _checked(self, url: str) -> httpx.URL:
         """Check an audio URL, as far as that can be done before its host is connected to."""
-        if _without(self._secrets, url) != url:
+        if _without(self._secrets, unquote(url)) != unquote(url):
             raise AudioError("The provider gave an audio URL that has the API key in it, so it was not fetched.")
         allowed = ["https"] if self._is_strict else ["http", "https"]
         what = "a URL"
@@ -523,16 +551,17 @@ class NanoGPTClient:
     async def _opened(self, url: httpx.URL) -> httpx.Response:
         """Send the request of a download, which carries nothing but the login that the URL has."""
         try:
-            address, login = split_login(str(url))
-            request = httpx.Request(
-                "GET", address, headers=self._audio_headers, extensions={"timeout": STATUS_TIMEOUT.as_dict()}
-            )
-            if login:
-                request = next(httpx.BasicAuth(*login).sync_auth_flow(request))
             with anyio.fail_after(LONGEST_LOOK_SECONDS):
-                return await self._audio.handle_async_request(request)
-        except (*_FAULTS, TimeoutError, ImportError) as error:
+                return await self._audio.handle_async_request(self._request_of(url))
+        except (*_FAULTS, ImportError) as error:
             raise self._unread(url, error) from None
+
+    def _request_of(self, url: httpx.URL) -> httpx.Request:
+        address, login = split_login(str(url))
+        request = httpx.Request(
+            "GET", address, headers=self._audio_headers, extensions={"timeout": STATUS_TIMEOUT.as_dict()}
+        )
+        return next(httpx.BasicAuth(*login).sync_auth_flow(request)) if login else request
 
     def _unread(self, url: httpx.URL, error: Exception, code: str | None = None) -> AudioError:
         return AudioError(
@@ -648,21 +677,31 @@ def _number(written: str) -> Decimal | int | None:
     return Decimal(written) if "." in written or exponent else int(written)
 
 
-def _unpacked(content: bytes, encoding: str, largest: int) -> tuple[bytes, str | None]:
-    """Unpack a body, and say what is wrong with it, if anything is, as the end of a sentence."""
-    encoding = encoding.strip().lower()
-    if encoding in ("", "identity") or not content:
+def _packings(headers: httpx.Headers) -> list[str]:
+    """List how a body is said to be packed."""
+    said = headers.get("content-encoding", "").lower().split(",")
+    return [packing for packing in map(str.strip, said) if packing in _PACKINGS]
+
+
+def _unpacked(content: bytes, packings: list[str], largest: int) -> tuple[bytes, str | None]:
+    """Unpack a body, and say what is wrong with it, if anything is, as the end of a sentence.
+
+    What cannot be unpacked is given as it is, and what is damaged as far as it goes: there may be a ticket in it.
+    """
+    if not packings or not content:
         return content, None
-    if encoding not in ("gzip", "x-gzip"):
-        return b"", f"its answer is packed as {one_line(encoding, 60)}, which was not asked for"
-    unpacking = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    if len(packings) > 1 or not _UNPACKED.issuperset(packings):
+        return content, f"its answer is packed as {', '.join(packings)[:ODD_ANSWER_SHOWN]}, which was not asked for"
+    unpacking = zlib.decompressobj(zlib.MAX_WBITS | 32)
+    unpacked = bytearray()
     try:
-        content = unpacking.decompress(content, largest + 1)
+        for piece in (content[:-_GZIP_TRAILER_BYTES], content[-_GZIP_TRAILER_BYTES:]):
+            unpacked += unpacking.decompress(unpacking.unconsumed_tail + piece, largest + 1 - len(unpacked))
+            if len(unpacked) > largest:
+                return bytes(unpacked[:LARGEST_JSON_BYTES]), f"its answer is larger than {largest:,} bytes"
     except zlib.error as error:
-        return b"", f"its answer cannot be unpacked ({error})"
-    if len(content) > largest:
-        return content[:largest], f"its answer is larger than {largest:,} bytes"
-    return content, None if unpacking.eof else "its answer ends too early"
+        return bytes(unpacked) or content, f"its answer cannot be unpacked ({error})"
+    return bytes(unpacked), None if unpacking.eof else "its answer ends too early"
 
 
 def _retry_after_seconds(headers: httpx.Headers) -> float | None:
@@ -734,10 +773,11 @@ def _check_answer(response: httpx.Response, host: str) -> None:
             retryable=True,
             http_status=response.status_code,
         )
-    encoding = response.headers.get("content-encoding", "").strip().lower()
-    if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+    packings = _packings(response.headers)
+    if len(packings) > 1 or not _UNPACKED.issuperset(packings):
         raise AudioError(
-            f"The audio host {host} packed the audio as {one_line(encoding, 60)}, which was not asked for.",
+            f"The audio host {host} packed the audio as {', '.join(packings)[:ODD_ANSWER_SHOWN]}, which was not asked "
+            "for.",
             retryable=True,
         )
 

@@ -31,14 +31,13 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
-_SECRET_HEADER: Final = re.compile(r"""(b'(?:location|set-cookie)', b)(?:'[^']*'|"[^"]*")""", re.IGNORECASE)
-
-
 class _WithoutSecrets(logging.Filter):
-    """Takes out of what httpcore logs of answers where redirects lead to, with logins and signatures, and cookies."""
+    """Takes the heads of answers out of what httpcore logs, since there are logins, cookies and echoes in them."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = _SECRET_HEADER.sub(r"\1***", record.getMessage()), ()
+        event, _, _ = record.getMessage().partition(" ")
+        if event.startswith("receive_response_headers"):
+            record.msg, record.args = f"{event} ***", ()
         return True
 
 
@@ -77,6 +76,7 @@ _NOT_PUBLIC: Final[tuple[Network, ...]] = tuple(
         "3fff::/20",
     )
 )
+_NAT64: Final = ipaddress.ip_network("64:ff9b::/96")
 _UNICAST: Final = ipaddress.ip_network("2000::/3")
 """All that is public in IPv6. Outside of it are IPv4 in IPv6, NAT64, link-local, site-local and multicast addresses."""
 
@@ -132,18 +132,21 @@ class AudioHosts:
             return True
         if isinstance(address, ipaddress.IPv6Address):
             address = address.ipv4_mapped or address
+        if address in _NAT64 and not is_public(behind := ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)):
+            return self.allows(host, behind)
         return any(address in network for network in self._networks) or is_public(address)
 
 
 def _name(entry: str) -> str:
     """Give the name of a host as it is resolved: in lower case, and in ASCII."""
+    star, bare = ("*.", entry[2:]) if entry.startswith("*.") else ("", entry)
     try:
-        name = entry.rstrip(".").lower().encode("idna").decode()
-    except UnicodeError:
+        name = httpx.URL(f"https://{bare}").raw_host.decode().rstrip(".").lower()
+    except (httpx.InvalidURL, ValueError):
         name = ""
-    if not re.fullmatch(r"(\*\.)?[\w-]+(\.[\w-]+)*", name):
+    if not re.fullmatch(r"[\w-]+(\.[\w-]+)*", name) or not re.fullmatch(r"[\w.-]+", bare):
         raise ValueError(f"{entry!r} is no name of a host, no address and no network")
-    return name
+    return star + name
 
 
 def refusal(host: str, address: Address) -> AudioError:
@@ -364,6 +367,8 @@ class _Paced(httpx.AsyncByteStream):
             try:
                 with anyio.fail_after(min(ends, last) - time.monotonic()):
                     piece = await anext(pieces, None)
+            except ssl.SSLError as error:  # which httpcore leaves as it is
+                raise httpx.ReadError(str(error)) from None
             except TimeoutError:
                 slow = f"less than {LEAST_BYTES:,} bytes came in {LEAST_BYTES_SECONDS:.0f} s"
                 late = f"it was not whole after {LONGEST_DOWNLOAD_SECONDS:.0f} s"

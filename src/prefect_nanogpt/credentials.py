@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from typing import Any, ClassVar, Final, NamedTuple
+from urllib.parse import quote
 
 import httpx
 from prefect.blocks.abstract import CredentialsBlock
@@ -24,7 +25,7 @@ from pydantic import (
 
 from prefect_nanogpt.client import DEFAULT_BASE_URL, INVALID_CREDENTIALS, NanoGPTClient, problem_with_base_url
 from prefect_nanogpt.connections import AudioHosts, split_login
-from prefect_nanogpt.errors import CredentialsError, login_in, without_login
+from prefect_nanogpt.errors import CredentialsError
 from prefect_nanogpt.events import run_logger
 
 __all__ = ["NanoGPTCredentials", "find_credentials", "nanogpt_client", "provider_and_ledger"]
@@ -32,17 +33,20 @@ __all__ = ["NanoGPTCredentials", "find_credentials", "nanogpt_client", "provider
 
 KEY_IN_CLEAR: Final = (
     "an API key in clear (in a dict, or as a text) is refused, because Prefect stores the parameters of a run as they "
-    'are. Give a block, NanoGPTCredentials(api_key=...) or NanoGPTCredentials.load("NAME"), or leave `credentials` out '
-    "and set NANOGPT_API_KEY. No request was made."
+    'are. Give a block, NanoGPTCredentials(api_key=...) or NanoGPTCredentials.load("NAME"); as a parameter of a '
+    'deployment its reference, {"$ref": {"block_document_id": "..."}}; or leave `credentials` out and set '
+    "NANOGPT_API_KEY. No request was made."
 )
 
 
 def has_key_in_clear(credentials: object) -> bool:
     """Whether something that was given as credentials is, or may be, a key that nothing masks.
 
-    A dict is one unless it refers to a saved block, as Prefect's own parameters do: its names may be misspelt.
+    A dict is one unless all of it refers to a saved block, as Prefect's own parameters do: its names may be misspelt.
     """
-    return isinstance(credentials, str) or (isinstance(credentials, Mapping) and "$ref" not in credentials)
+    if isinstance(credentials, Mapping):
+        return set(credentials) != {"$ref"}
+    return not (credentials is None or isinstance(credentials, NanoGPTCredentials))
 
 
 class NanoGPTCredentials(CredentialsBlock):
@@ -102,12 +106,12 @@ class NanoGPTCredentials(CredentialsBlock):
     base_url_login: SecretStr | None = Field(
         None,
         title="Login of the base URL",
-        description="user:password for a proxy in front of the API. A login in the base URL is moved here.",
+        description="user:password, as they are, for a proxy in front of the API. A login in the URL is moved here.",
     )
     ledger_login: SecretStr | None = Field(
         None,
         title="Login of the ledger",
-        description="user:password for the ledger's URL. A login in the ledger's URL is moved here.",
+        description="user:password, as they are, for the ledger's URL. A login in the URL is moved here.",
     )
 
     _source: str | None = PrivateAttr(None)
@@ -119,8 +123,10 @@ class NanoGPTCredentials(CredentialsBlock):
         if isinstance(given, Mapping):
             for field in ("base_url", "ledger"):
                 url = given.get(field)
-                if isinstance(url, str) and (login := login_in(url)):
-                    given = {**given, field: without_login(url), f"{field}_login": SecretStr(login)}
+                if isinstance(url, str) and "::" not in url.partition("://")[0]:
+                    address, login = split_login(url)
+                    if login and login[1]:
+                        given = {**given, field: address, f"{field}_login": SecretStr(":".join(login))}
         return given
 
     @field_validator("base_url")
@@ -166,8 +172,11 @@ class NanoGPTCredentials(CredentialsBlock):
 
 
 def with_login(url: str, login: SecretStr | None) -> str:
-    """Give a URL with a login that is kept apart from it put back."""
-    return url.replace("://", f"://{login.get_secret_value()}@", 1) if login else url
+    """Give a URL with a login that is kept apart from it put back, whatever characters it has."""
+    if login is None:
+        return url
+    user, _, password = login.get_secret_value().partition(":")
+    return url.replace("://", f"://{quote(user, safe='')}:{quote(password, safe='')}@", 1)
 
 
 async def find_credentials() -> NanoGPTCredentials:

@@ -63,12 +63,6 @@ def without_login(url: str) -> str:
     return _LOGIN.sub("", url)
 
 
-def login_in(url: str) -> str | None:
-    """Give the user and the password of a URL as they are written there; None where there is no password."""
-    found = _LOGIN.search(url)
-    return found[0][:-1] if found and (found[2] or found[3]) else None
-
-
 def secrets_in(url: str) -> list[str]:
     """List the users and passwords in a URL, which may be one in another, as they are written there."""
     logins = [(found[1], found[2] or found[3]) for found in _LOGIN.finditer(url)]

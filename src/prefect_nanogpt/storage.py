@@ -22,7 +22,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, Final, NamedTuple, ParamSpec, TypeVar
+from typing import Any, BinaryIO, ClassVar, Final, NamedTuple, ParamSpec, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import fsspec
@@ -305,6 +305,8 @@ class Destination:
     """
 
     displaces: bool = True
+    _proven: ClassVar[set[str]] = set()
+    """The places that this process has written to and read from."""
 
     def __init__(self, save_to: str | os.PathLike[str], *, displaces: bool = True) -> None:
         save_to = os.fspath(save_to)
@@ -508,9 +510,9 @@ class Destination:
             self._see_probe()
         return is_exclusive
 
-    def _see_probe(self) -> None:
+    def _see_probe(self, name: str = PROBE) -> None:
         # Whether a bucket can be listed is known by now.
-        if self.read(PROBE) is None or not (self.is_bucket or PROBE in self.list_files(PROBE)):
+        if self.read(name) is None or not (self.is_bucket or name in self.list_files(name)):
             raise StorageError(
                 f"{self.shown} does not show what is written to it, so what is paid for could not be found again."
             )
@@ -587,10 +589,14 @@ class Destination:
         Raises:
             StorageError: It cannot.
         """
-        if not self.is_local:
-            self.write(PROBE, b"What is written here must be seen here.")
-            self._see_probe()
-            self.remove(PROBE)
+        if self.is_local or self.save_to in self._proven:
+            return
+        name = f"{PROBE}-{secrets.token_hex(8)}"  # nobody else's, who looks at the same moment
+        self.write(name, b"What is written here must be seen here.")
+        self._see_probe(name)
+        with suppress(Exception):  # to delete is no right that is needed
+            self.remove(name)
+        self._proven.add(self.save_to)
 
     def find(self, stem: str) -> AudioFile | None:
         """Look for finished audio of that name, whatever its extension; None also where it is damaged."""

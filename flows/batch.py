@@ -367,10 +367,9 @@ class _Batch:
             return await row
         except Exception as error:
             line, job = self.lines[index], self.jobs[index]
-            run_logger().exception("Line %s met an unexpected error.", line.id)
-            detail = one_line(f"{type(error).__name__}: {error}", LONGEST_MESSAGE)
+            end = _unexpected(line, error)
             self.may_go_better = True
-            return ManifestRow(id=line.id, text=line.request.text, job=job.id, outcome=UNEXPECTED, detail=detail)
+            return ManifestRow(id=line.id, text=line.request.text, job=job.id, outcome=end.code, detail=end.message)
 
     async def _add(self, row: ManifestRow) -> None:
         self._rows[row.id] = row
@@ -396,9 +395,7 @@ class _Batch:
         except NanoGPTError as error:
             return await self._tell(index, error)
         except Exception as error:
-            run_logger().exception("Line %s met an unexpected error.", line.id)
-            words = one_line(f"{type(error).__name__}: {error}", LONGEST_MESSAGE)
-            return await self._tell(index, NanoGPTError(words, code=UNEXPECTED, retryable=True))
+            return await self._tell(index, _unexpected(line, error))
 
     async def _row_like(self, equal: str, index: int) -> ManifestRow:
         """Give a line what became of an equal one: a copy of its audio, or its failure."""
@@ -522,6 +519,13 @@ class _Batch:
                 + self._what_is_paid_again(rows)
             )
         await self._table.show(json.dumps([_shown(row) for row in shown]), " ".join(parts))
+
+
+def _unexpected(line: Line, error: Exception) -> NanoGPTError:
+    """Make the end of a line of an error that nobody has thought of, and log where it arose."""
+    run_logger().exception("Line %s met an unexpected error.", line.id)
+    words = one_line(f"{type(error).__name__}: {error}", LONGEST_MESSAGE)
+    return NanoGPTError(words, code=UNEXPECTED, retryable=True)
 
 
 def _completed(line: Line, job: str, audio: AudioFile, told: Mapping[str, Any]) -> ManifestRow:

@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from prefect_nanogpt.credentials import KEY_IN_CLEAR, NanoGPTCredentials, has_key_in_clear
 from prefect_nanogpt.lines import usable
-from prefect_nanogpt.models import Money, PollSchedule
+from prefect_nanogpt.models import LARGEST_TAKE, Money, PollSchedule
 
 __all__ = [
     "ArtifactKey",
@@ -83,7 +83,7 @@ Credentials = Annotated[NanoGPTCredentials | None, titled("Credentials")]
 TimeoutSeconds = Annotated[float, titled("Timeout, in seconds", gt=0, le=LONGEST_TIMEOUT_SECONDS, allow_inf_nan=False)]
 Schedule = Annotated[PollSchedule, titled("Poll schedule")]
 CostLimit = Annotated[Money | None, titled("Cost limit, in USD")]
-Take = Annotated[int, titled("Take", ge=1, lt=2**31)]
+Take = Annotated[int, titled("Take", ge=1, le=LARGEST_TAKE)]
 Resubmitted = Annotated[Sequence[Literal["uncertain", "lost", "refused"]], titled("Resubmit")]
 ArtifactKey = Annotated[str, titled("Artifact key", pattern=r"^[a-z0-9-]+$")]
 

@@ -14,7 +14,7 @@ from prefect_nanogpt.credentials import NanoGPTCredentials, nanogpt_client
 from prefect_nanogpt.errors import NanoGPTError
 from prefect_nanogpt.job import Resubmit, submit, would_be_submitted
 from prefect_nanogpt.ledger import Job
-from prefect_nanogpt.models import Money, Submission, TTSRequest, problems_in
+from prefect_nanogpt.models import LARGEST_TAKE, Money, Submission, TTSRequest, problems_in
 from prefect_nanogpt.tasks.ledgers import open_ledger
 from prefect_nanogpt.tasks.limits import stay_under_rate_limit
 from prefect_nanogpt.tasks.retries import JITTER, may_help
@@ -22,7 +22,7 @@ from prefect_nanogpt.tasks.retries import JITTER, may_help
 __all__ = ["submit_tts"]
 
 RETRY_DELAYS_SECONDS: Final[list[float]] = [1, 2, 4, 8, 15]
-_TAKE: Final = TypeAdapter(Annotated[int, Field(ge=1, lt=2**31)])
+_TAKE: Final = TypeAdapter(Annotated[int, Field(ge=1, le=LARGEST_TAKE)])
 _LIMIT: Final[TypeAdapter[Any]] = TypeAdapter(Money | None)
 
 

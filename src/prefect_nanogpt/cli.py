@@ -29,7 +29,6 @@ from decimal import Decimal
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Final, TypeVar
-from urllib.parse import urlsplit
 
 import httpx
 from cyclopts import App, CycloptsError, Parameter, validators
@@ -46,7 +45,7 @@ from rich.text import Text
 import prefect_nanogpt.flows
 import prefect_nanogpt.tasks
 from prefect_nanogpt import NanoGPTCredentials, __version__
-from prefect_nanogpt.client import INVALID_CREDENTIALS
+from prefect_nanogpt.client import INVALID_CREDENTIALS, problem_with_base_url
 from prefect_nanogpt.credentials import find_credentials
 from prefect_nanogpt.errors import (
     AudioError,
@@ -104,8 +103,8 @@ def _is_not_empty(_: Any, words: str | None) -> None:
         raise ValueError("Must not be empty.")
 
 
-MONEY: Final[TypeAdapter[Any]] = TypeAdapter(Money | None)
 MOST: Final = 2**31 - 1
+MONEY: Final[TypeAdapter[Any]] = TypeAdapter(Money | None)
 Seconds = Annotated[float, Parameter(validator=[_is_finite, validators.Number(gt=0, lte=LONGEST_TIMEOUT_SECONDS)])]
 PositiveInt = Annotated[int, Parameter(validator=validators.Number(gte=1, lte=MOST))]
 Port = Annotated[int, Parameter(validator=validators.Number(gte=0, lte=65_535))]
@@ -576,17 +575,9 @@ def _prefect() -> Iterator[None]:
 
 def _api_url() -> str | None:
     url: str | None = PREFECT_API_URL.value()
-    if url and not _is_http(url):
+    if url and problem_with_base_url(url):
         raise UsageError(f"What PREFECT_API_URL is set to is not an http or https URL: {without_login(url)}.")
     return url
-
-
-def _is_http(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # such as a port that is no number
-        return False
 
 
 def _free_port() -> int:

@@ -177,14 +177,16 @@ class _Answer:
         return self.words(repr(self.content[:ODD_ANSWER_SHOWN].decode(errors="replace")), 2 * ODD_ANSWER_SHOWN)
 
     @property
-    def run_id(self) -> str | None:
-        """What the body, however broken, seems to say that the run id is, escaped."""
-        found = _RUN_ID.search(self.content)
-        return self.words(ascii(found[1].decode(errors="replace").strip('"')), 2 * ODD_ANSWER_SHOWN) if found else None
+    def run_id(self) -> str:
+        """A sentence with what the body, however broken, seems to say that the run id is, escaped, or nothing."""
+        if (found := _RUN_ID.search(self.content)) is None:
+            return ""
+        run_id = self.words(ascii(found[1].decode(errors="replace").strip('"')), 2 * ODD_ANSWER_SHOWN)
+        return f" The run id in it is {run_id}."
 
     def words(self, words: str, limit: int) -> str:
         """Give somebody's words as they can be shown."""
-        return one_line(hide((), _without(self.secrets, words)), limit)
+        return _shown(words, self.secrets, limit)
 
 
 class NanoGPTClient:
@@ -358,9 +360,8 @@ class NanoGPTClient:
             raise self._refusal(answer)
         if not 200 <= answer.status < 300:
             said = self._refusal(answer)
-            run_id = f" The run id in it is {answer.run_id}." if answer.run_id else ""
             raise SubmissionUncertain(
-                f"The provider answered the submission with HTTP {answer.status}: {said.message}{run_id}",
+                f"The provider answered the submission with HTTP {answer.status}: {said.message}{answer.run_id}",
                 http_status=answer.status,
                 request_id=said.request_id,
             )
@@ -377,9 +378,8 @@ class NanoGPTClient:
             # Whatever else such an answer says, it does not say that nothing was charged.
             _, message = error_in(body)
             words = f" It says: {message}" if message else f" It begins with {answer.beginning}."
-            run_id = f" The run id in it is {answer.run_id}." if answer.run_id else ""
             raise SubmissionUncertain(
-                f"The provider answered HTTP {answer.status}, but {_first_line(error)}.{run_id}{words}",
+                f"The provider answered HTTP {answer.status}, but {_first_line(error)}.{answer.run_id}{words}",
                 http_status=answer.status,
                 request_id=answer.request_id,
             ) from None
@@ -430,7 +430,7 @@ class NanoGPTClient:
             if response is not None:
                 await response.aclose()
         del packed[largest:]
-        content, odd = _unpacked(bytes(packed), _packings(response.headers), largest)
+        content, odd = _unpacked(bytes(packed), response.headers, largest)
         return _Answer(response.status_code, response.headers, content, problem or odd, self._secrets)
 
     async def submit(self, request: TTSRequest) -> Submission:
@@ -579,7 +579,7 @@ class NanoGPTClient:
 
     def _words(self, error: BaseException) -> str:
         """Name a transport error: httpx leaves the text of some of them empty, and others quote what came."""
-        words = one_line(hide((), _without(self._secrets, str(error))), LONGEST_FAULT)
+        words = _shown(str(error), self._secrets, LONGEST_FAULT)
         return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
@@ -669,6 +669,11 @@ def _without(secrets: Iterable[SecretStr], words: str) -> str:
     return words
 
 
+def _shown(words: str, secrets: Iterable[SecretStr], limit: int) -> str:
+    """Give somebody's words as they can be shown: one line, without secrets and without logins of URLs."""
+    return one_line(hide((), _without(secrets, words)), limit)
+
+
 def _number(written: str) -> Decimal | int | None:
     """Read a number of JSON exactly; None for one that nobody can mean."""
     digits, _, exponent = written.lower().partition("e")
@@ -683,15 +688,23 @@ def _packings(headers: httpx.Headers) -> list[str]:
     return [packing for packing in map(str.strip, said) if packing in _PACKINGS]
 
 
-def _unpacked(content: bytes, packings: list[str], largest: int) -> tuple[bytes, str | None]:
+def _odd_packing(headers: httpx.Headers) -> str | None:
+    """Say how a body is packed that is packed otherwise than once in a way that can be unpacked within bounds."""
+    packings = _packings(headers)
+    if len(packings) <= 1 and _UNPACKED.issuperset(packings):
+        return None
+    return ", ".join(packings)[:ODD_ANSWER_SHOWN]
+
+
+def _unpacked(content: bytes, headers: httpx.Headers, largest: int) -> tuple[bytes, str | None]:
     """Unpack a body, and say what is wrong with it, if anything is, as the end of a sentence.
 
     What cannot be unpacked is given as it is, and what is damaged as far as it goes: there may be a ticket in it.
     """
-    if not packings or not content:
+    if not _packings(headers) or not content:
         return content, None
-    if len(packings) > 1 or not _UNPACKED.issuperset(packings):
-        return content, f"its answer is packed as {', '.join(packings)[:ODD_ANSWER_SHOWN]}, which was not asked for"
+    if odd := _odd_packing(headers):
+        return content, f"its answer is packed as {odd}, which was not asked for"
     unpacking = zlib.decompressobj(zlib.MAX_WBITS | 32)
     unpacked = bytearray()
     try:
@@ -773,13 +786,8 @@ def _check_answer(response: httpx.Response, host: str) -> None:
             retryable=True,
             http_status=response.status_code,
         )
-    packings = _packings(response.headers)
-    if len(packings) > 1 or not _UNPACKED.issuperset(packings):
-        raise AudioError(
-            f"The audio host {host} packed the audio as {', '.join(packings)[:ODD_ANSWER_SHOWN]}, which was not asked "
-            "for.",
-            retryable=True,
-        )
+    if odd := _odd_packing(response.headers):
+        raise AudioError(f"The audio host {host} packed the audio as {odd}, which was not asked for.", retryable=True)
 
 
 def _first_line(error: Exception) -> str:

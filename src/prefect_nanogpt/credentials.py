@@ -244,8 +244,7 @@ async def provider_and_ledger(credentials: NanoGPTCredentials | None) -> tuple[s
         CredentialsError: There are credentials that cannot be used, or cannot be read now: that is not "none".
     """
     lent = _open_client.get()
-    if has_key_in_clear(credentials):
-        raise CredentialsError(f"`credentials`: {KEY_IN_CLEAR}", code=INVALID_CREDENTIALS)
+    _refuse_key_in_clear(credentials)
     try:
         found = credentials or (lent.credentials if lent else await find_credentials())
     except CredentialsError as error:
@@ -261,6 +260,11 @@ def _address(base_url: str) -> str:
     return split_login(base_url.rstrip("/"))[0] if "://" in base_url else base_url.rpartition("@")[2]
 
 
+def _refuse_key_in_clear(credentials: object) -> None:
+    if has_key_in_clear(credentials):
+        raise CredentialsError(f"`credentials`: {KEY_IN_CLEAR}", code=INVALID_CREDENTIALS)
+
+
 @asynccontextmanager
 async def nanogpt_client(credentials: NanoGPTCredentials | None) -> AsyncIterator[NanoGPTClient]:
     """Lend the client that the flow run has open, or open one for this block.
@@ -274,8 +278,7 @@ async def nanogpt_client(credentials: NanoGPTCredentials | None) -> AsyncIterato
     Raises:
         CredentialsError: There is no usable key.
     """
-    if has_key_in_clear(credentials):
-        raise CredentialsError(f"`credentials`: {KEY_IN_CLEAR}", code=INVALID_CREDENTIALS)
+    _refuse_key_in_clear(credentials)
     lent = _open_client.get()
     if lent is not None and credentials in (None, lent.asked) and lent.loop is asyncio.get_running_loop():
         yield lent.client

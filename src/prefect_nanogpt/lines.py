@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from prefect_nanogpt.errors import NanoGPTError
 from prefect_nanogpt.events import run_logger
 from prefect_nanogpt.models import (
+    LARGEST_TAKE,
     OF_THE_LINE,
     OPTION_PREFIXES,
     REMARK,
@@ -341,7 +342,7 @@ def _whole(take: object) -> int:
         number = float(str(take))
     except ValueError:
         number = 0.0
-    if not number.is_integer() or not 1 <= number < 2**31:
+    if not number.is_integer() or not 1 <= number <= LARGEST_TAKE:
         raise ValueError("take must be a whole number from 1")
     return int(number)
 

@@ -59,6 +59,7 @@ LONGEST_MESSAGE: Final = 2_000
 LONGEST_WORD: Final = 200
 """Of a status word, a model, a unit or a type, in characters."""
 LARGEST_COST: Final = 10**9
+LARGEST_TAKE: Final = 2**31 - 1
 LAST_PLACE: Final = -40
 """Of an amount of money, as a power of ten. XNO has thirty decimals."""
 MOST_IN_QUEUE: Final = 10**9

@@ -506,9 +506,12 @@ class Destination:
             return True
         is_exclusive = not self._protocols.isdisjoint(_EXCLUSIVE) and self._creates_once()
         if not is_exclusive:
-            self.write(PROBE, b"What is written here must be seen here.")
-            self._see_probe()
+            self._write_probe(PROBE)
         return is_exclusive
+
+    def _write_probe(self, name: str) -> None:
+        self.write(name, b"What is written here must be seen here.")
+        self._see_probe(name)
 
     def _see_probe(self, name: str = PROBE) -> None:
         # Whether a bucket can be listed is known by now.
@@ -592,8 +595,7 @@ class Destination:
         if self.is_local or self.save_to in self._proven:
             return
         name = f"{PROBE}-{secrets.token_hex(8)}"  # nobody else's, who looks at the same moment
-        self.write(name, b"What is written here must be seen here.")
-        self._see_probe(name)
+        self._write_probe(name)
         with suppress(Exception):  # to delete is no right that is needed
             self.remove(name)
         self._proven.add(self.save_to)

@@ -1,8 +1,6 @@
 """Many lines, each paid for once, whatever becomes of the others."""
 
 import asyncio
-import json
-import textwrap
 import time
 from collections import Counter
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
@@ -69,8 +67,8 @@ from prefect_nanogpt.models import (
     one_line,
     options_of,
 )
-from prefect_nanogpt.report import Artifact, only_to_look_at
-from prefect_nanogpt.storage import absolute, kept_name
+from prefect_nanogpt.report import Artifact, escaped, link, links_to, only_to_look_at, to_hear_and_keep
+from prefect_nanogpt.storage import Links, absolute, kept_name
 from prefect_nanogpt.tasks.ledgers import open_ledger
 from prefect_nanogpt.tasks.retries import is_worth_another_try
 from prefect_nanogpt.tasks.say import PlainSteps, say_in_one_task
@@ -83,6 +81,7 @@ UNFINISHED: Final = "UNFINISHED"
 """A job that is paid for and that nobody has seen to its end: another run does."""
 COSTS: Final = ("cost", "currency", "other_costs")
 ROWS_SHOWN: Final = 100
+TABLE_HEAD: Final = ("| Line | Text | Audio | Seconds | Cost | Run id |", "|---|---|---|---|---|---|")
 TEXT_SHOWN: Final = 80
 DETAIL_SHOWN: Final = 200
 PROGRESS_SECONDS: Final = 5.0
@@ -267,7 +266,7 @@ class _Batch:
         self._ledger = terms.ledger
         self._manifest = Manifest(terms.ledger.destination)
         self._is_shard = is_shard
-        self._table = Artifact("table", key)
+        self._table = Artifact("markdown", key)
         self._progress = Artifact("progress", f"{key}-progress")
         self._shown_at = time.monotonic()
         self._entries: dict[str, Entry] = {}
@@ -508,17 +507,22 @@ class _Batch:
         shown = sorted(rows, key=lambda row: row.is_completed)[:ROWS_SHOWN]
         destination = self._ledger.destination
         completed = sum(row.is_completed for row in rows)
-        parts = [f"{completed} of {len(self.lines)} lines have audio, {_charged(rows)} charged."]
+        title = f"{completed} of {len(self.lines)} lines have audio"
+        parts = [f"{title}, {_charged(rows)} charged."]
         if len(shown) < len(rows):
-            parts.append(f"The first {len(shown)} are shown; {destination.location_of(FILE_NAME)} has them all.")
+            where = escaped(destination.location_of(FILE_NAME))
+            parts.append(f"The first {len(shown)} are shown; {where} has them all.")
         if self._replaced:
             parts.append(f"{self._replaced} lines have {KEPT_BESIDE}")
         if completed < len(self.lines):
             parts.append(
-                f"To do what is missing, run the batch again with save_to={destination.shown}: "
+                f"To do what is missing, run the batch again with save_to={escaped(destination.shown)}: "
                 + self._what_is_paid_again(rows)
             )
-        await self._table.show(json.dumps([_shown(row) for row in shown]), " ".join(parts))
+        links = await links_to(destination, [row.file_name for row in shown if row.file_name])
+        page = to_hear_and_keep(destination.links_to_all(), " to all") if completed else []
+        table = [*TABLE_HEAD, *(_shown(row, links.get(row.file_name)) for row in shown)]
+        await self._table.show("\n\n".join([*page, " ".join(parts), "\n".join(table)]) + "\n", title)
 
 
 def _unexpected(line: Line, error: Exception) -> NanoGPTError:
@@ -588,16 +592,24 @@ def _standing(ledger: Ledger, entry: Entry, reason: str | None, had: int) -> dic
     return told
 
 
-def _shown(row: ManifestRow) -> dict[str, str]:
-    return {
-        "line": textwrap.shorten(row.id, ID_SHOWN, placeholder="…"),
-        "text": textwrap.shorten(row.text, TEXT_SHOWN, placeholder="…"),
-        "outcome": row.outcome,
-        "audio or reason": row.location or textwrap.shorten(row.detail or "", DETAIL_SHOWN, placeholder="…"),
-        "seconds": f"{row.duration_seconds:.1f}" if row.duration_seconds is not None else "",
-        "cost": ", ".join(f"{cost:f} {currency or ''}".strip() for currency, cost in _charges(row)),
-        "run id": row.ticket.run_id if row.ticket else "",
-    }
+def _shown(row: ManifestRow, links: Links | None) -> str:
+    """Write the row of a line in the table of a report, where its audio or the reason why there is none is linked."""
+    cells = [
+        escaped(row.id, ID_SHOWN),
+        escaped(row.text, TEXT_SHOWN),
+        _audio_or_reason(row, links),
+        f"{row.duration_seconds:.1f}" if row.duration_seconds is not None else "",
+        escaped(", ".join(f"{cost:f} {currency or ''}".strip() for currency, cost in _charges(row))),
+        escaped(row.ticket.run_id) if row.ticket else "",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _audio_or_reason(row: ManifestRow, links: Links | None) -> str:
+    if not row.is_completed:
+        return f"**{escaped(row.outcome)}** {escaped(row.detail or '', DETAIL_SHOWN)}".strip()
+    listen = link("Listen", links.listen) if links else None
+    return listen or escaped(row.location or "")
 
 
 def _stops_everything(error: NanoGPTError) -> bool:

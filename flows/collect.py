@@ -18,7 +18,7 @@ from prefect.client.schemas.filters import FlowFilter, FlowRunFilter, TaskRunFil
 from pydantic import BaseModel, ValidationError
 
 from prefect_nanogpt.client import NanoGPTClient
-from prefect_nanogpt.credentials import nanogpt_client, provider_and_ledger
+from prefect_nanogpt.credentials import nanogpt_client, places_of
 from prefect_nanogpt.errors import (
     NanoGPTError,
     ProviderError,
@@ -134,8 +134,7 @@ async def collect_open_tickets(
     try:
         async with nanogpt_client(credentials) as client:
             client.requests_per_second = REQUESTS_PER_SECOND
-            _, setting = await provider_and_ledger(credentials)
-            elsewhere = Ledger.elsewhere(setting)
+            elsewhere = Ledger.elsewhere((await places_of(credentials)).ledger)
             places = await _places(folders, elsewhere, since)
             # Labels and notes leave the logins of URLs out.
             given = {without_login(place): place for place in map(absolute, filter(None, [*folders, elsewhere]))}
@@ -407,4 +406,4 @@ async def _update_report(found: _Open, ledger: Ledger, news: Said | NanoGPTError
     if report is None:
         return
     report.ticket = found.ticket
-    await quietly(report.finished(news) if isinstance(news, Said) else report.failed(news))
+    await quietly(report.finished(news, ledger.destination) if isinstance(news, Said) else report.failed(news))

@@ -158,7 +158,7 @@ async def text_to_speech(
                     else:
                         said = await say(job, terms, TaskSteps(terms, credentials, report, max_cost))
             run_logger().info("The audio is at %s.", said.audio.location)
-            await report.finished(said)
+            await report.finished(said, ledger.destination)
             return said.audio
     except NanoGPTError as error:
         await report.failed(error)

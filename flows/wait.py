@@ -87,7 +87,7 @@ async def wait_for_tts(
                 if job.noted_as is None:
                     await ledger.run(ledger.note_ticket, job, ticket)
                 said = await _wait(job, terms, credentials, report)
-            await report.finished(said)
+            await report.finished(said, ledger.destination)
             return said.audio
     except NanoGPTError as error:
         error.ticket = ticket

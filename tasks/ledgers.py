@@ -8,8 +8,9 @@ from typing import Final
 from prefect.client.orchestration import get_client
 from pydantic import BaseModel, ConfigDict
 
-from prefect_nanogpt.credentials import NanoGPTCredentials, provider_and_ledger
+from prefect_nanogpt.credentials import NanoGPTCredentials, places_of
 from prefect_nanogpt.events import run_logger, this_run
+from prefect_nanogpt.folders import register
 from prefect_nanogpt.ledger import Ledger
 from prefect_nanogpt.storage import Destination
 
@@ -46,7 +47,9 @@ async def open_ledger(save_to: str | PathLike[str], credentials: NanoGPTCredenti
     """
     destination = Destination(save_to)
     await destination.run(destination.check)
-    provider, elsewhere = await provider_and_ledger(credentials)
+    if destination.is_local:
+        register(destination.root)
+    provider, elsewhere, destination.public_url = await places_of(credentials)
     ledger = Ledger.of(destination, elsewhere)
     if not ledger.is_beside_audio:  # else its first note proves it
         await destination.run(destination.prove)

@@ -1,4 +1,4 @@
-"""The command line: `prefect-nanogpt say`, `batch`, `wait`, `serve` and `sandbox`.
+"""The command line: `prefect-nanogpt say`, `batch`, `wait`, `listen`, `serve` and `sandbox`.
 
 What is being done goes to standard error; standard output gets the location of the audio, or of the manifest of a
 batch, and nothing else.
@@ -14,10 +14,12 @@ import logging
 import math
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -60,10 +62,12 @@ from prefect_nanogpt.errors import (
 from prefect_nanogpt.events import LOGIN_LEFT_OUT
 from prefect_nanogpt.flows import collect_open_tickets, text_to_speech, text_to_speech_batch, wait_for_tts
 from prefect_nanogpt.flows.forms import LONGEST_TIMEOUT_SECONDS
+from prefect_nanogpt.folders import PORT
 from prefect_nanogpt.job import RESUBMIT, Resubmit
 from prefect_nanogpt.ledger import Ledger
 from prefect_nanogpt.lines import COMPLETED, read_lines
 from prefect_nanogpt.lines import FILE_NAME as MANIFEST
+from prefect_nanogpt.listening import HOST, listening
 from prefect_nanogpt.models import (
     DEFAULT_MODEL,
     AudioFile,
@@ -75,6 +79,8 @@ from prefect_nanogpt.models import (
     problems_in,
     request_with,
 )
+from prefect_nanogpt.playing import DESKTOP
+from prefect_nanogpt.playing import play as play_audio
 from prefect_nanogpt.sandbox import Sandbox
 from prefect_nanogpt.sandbox import serve as serve_sandbox
 from prefect_nanogpt.storage import Destination, absolute
@@ -303,6 +309,7 @@ def say(
     speed: Annotated[float | None, Parameter(validator=_is_finite)] = None,
     response_format: Words | None = None,
     name: Words | None = None,
+    play: Annotated[bool, Parameter(negative=())] = False,
     job: JobOptions = JobOptions(),
 ) -> int:
     """Say a text and save the audio. Without an API key, the sandbox says it.
@@ -315,6 +322,7 @@ def say(
         speed: The speaking rate, from 0.1 to 5.
         response_format: The container, for the models that offer a choice.
         name: What to call the file, without extension; the provider's run id by default.
+        play: Play it then, with a player of this machine.
     """
     said = _text_of(text, file)
     parameters = job.parameters | {"speed": speed, "response_format": response_format}
@@ -323,11 +331,31 @@ def say(
     with _usage():
         request_with(parameters["options"], {**given, "text": said})
 
+    saved: list[str] = []
+
     async def run(credentials: NanoGPTCredentials) -> str:
         audio: AudioFile = await text_to_speech(said, name=name, credentials=credentials, **parameters)
+        saved.append(audio.location)
         return audio.location
 
-    return _run(run, job.save_to)
+    code = _run(run, job.save_to)
+    if play and saved:
+        _play(saved[0], job.save_to)
+    return code
+
+
+def _play(location: str, save_to: str) -> None:
+    """Play what is saved; that it cannot be played is said, and fails nothing."""
+    temporary, player = Path(tempfile.mkdtemp()), None
+    try:
+        player = play_audio(Destination(save_to).fetch(location.rpartition("/")[2], temporary))
+        reason = "there is no player here that can"
+    except Exception as error:  # the drivers of buckets have families of errors of their own
+        reason = str(error)
+    if player != DESKTOP:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if player is None:
+        console.print(f"It is saved and cannot be played: {reason}. It is at {location}", markup=False)
 
 
 @contextmanager
@@ -499,6 +527,34 @@ def sandbox(
         console.print(f"The sandbox cannot start: {error}", style="red", markup=False)
         return JOB_FAILED
     return 0
+
+
+@app.command
+def listen(
+    *,
+    folder: Annotated[tuple[Path, ...], SEVERAL] = (),
+    port: Port = PORT,
+    host: Words = HOST,
+) -> int:
+    """Serve pages on which to hear what runs have saved to folders of this machine, until Ctrl-C.
+
+    Args:
+        folder: A folder to serve, any number of times; by default all that runs on this machine have saved to.
+        port: The port; the links in reports name 4201, unless NANOGPT_LISTEN_URL names another one.
+        host: The address to listen at. Whoever can reach it can hear everything: there is no login.
+    """
+    for given in folder:
+        if not given.is_dir():
+            raise UsageError(f"--folder {given} is not a folder.")
+    with listening(port, host, folder or None) as url:
+        console.print(f"What runs have saved can be heard at {url}. Ctrl-C stops it.", markup=False)
+        with suppress(asyncio.CancelledError):
+            stop.run(_until_stopped)
+    return 0
+
+
+async def _until_stopped() -> None:
+    await asyncio.Event().wait()
 
 
 @app.command(name="serve")

@@ -27,8 +27,9 @@ from prefect_nanogpt.client import DEFAULT_BASE_URL, INVALID_CREDENTIALS, NanoGP
 from prefect_nanogpt.connections import AudioHosts, split_login
 from prefect_nanogpt.errors import CredentialsError
 from prefect_nanogpt.events import run_logger
+from prefect_nanogpt.storage import problem_with_public_url
 
-__all__ = ["NanoGPTCredentials", "find_credentials", "nanogpt_client", "provider_and_ledger"]
+__all__ = ["NanoGPTCredentials", "find_credentials", "nanogpt_client", "places_of"]
 
 
 KEY_IN_CLEAR: Final = (
@@ -57,6 +58,7 @@ class NanoGPTCredentials(CredentialsBlock):
         base_url: The root of the API, for a proxy, NanoGPT's other host, or the sandbox.
         ledger: Where to keep the record of what is paid for, instead of beside the audio.
         audio_hosts: The hosts that audio may be fetched from although their addresses are not public.
+        public_url: The address at which people reach what is saved, with `{path}`, `{bucket}` or `{name}` in it.
         base_url_login: The login of the base URL, which is moved here if it was given in it.
         ledger_login: The login of the ledger's URL, likewise.
 
@@ -103,6 +105,12 @@ class NanoGPTCredentials(CredentialsBlock):
         title="Ledger",
         description="A folder or URL for the record of what is paid for, where save_to is a temporary folder.",
     )
+    public_url: str | None = Field(
+        None,
+        title="Public URL",
+        description="Where people reach what is saved, for the links in reports, such as "
+        "https://cdn.example.org/{path}. {path} is the path in the bucket, {bucket} the bucket, {name} the file.",
+    )
     base_url_login: SecretStr | None = Field(
         None,
         title="Login of the base URL",
@@ -135,6 +143,13 @@ class NanoGPTCredentials(CredentialsBlock):
         if problem := problem_with_base_url(base_url):
             raise ValueError(problem)
         return base_url
+
+    @field_validator("public_url")
+    @classmethod
+    def _is_a_template(cls, public_url: str | None) -> str | None:
+        if public_url and (problem := problem_with_public_url(public_url)):
+            raise ValueError(problem)
+        return public_url or None
 
     @field_validator("audio_hosts")
     @classmethod
@@ -237,8 +252,16 @@ class _Lent(NamedTuple):
 _open_client: ContextVar[_Lent | None] = ContextVar("nanogpt_client", default=None)
 
 
-async def provider_and_ledger(credentials: NanoGPTCredentials | None) -> tuple[str, str | None]:
-    """Give the base URL of the API that would be asked, and where its block wants the ledger, with a key or without.
+class Places(NamedTuple):
+    """The base URL of the API, where its block wants the ledger, and where it says that people reach what is saved."""
+
+    provider: str
+    ledger: str | None = None
+    public_url: str | None = None
+
+
+async def places_of(credentials: NanoGPTCredentials | None) -> Places:
+    """Give the places that the credentials name which would be used, with a key or without.
 
     Raises:
         CredentialsError: There are credentials that cannot be used, or cannot be read now: that is not "none".
@@ -251,8 +274,9 @@ async def provider_and_ledger(credentials: NanoGPTCredentials | None) -> tuple[s
         if error.code != CredentialsError.default_code:
             raise
         # What is there already needs no key.
-        return _address(os.environ.get("NANOGPT_BASE_URL") or DEFAULT_BASE_URL), None
-    return _address(found.base_url), with_login(found.ledger, found.ledger_login) if found.ledger else None
+        return Places(_address(os.environ.get("NANOGPT_BASE_URL") or DEFAULT_BASE_URL))
+    ledger = with_login(found.ledger, found.ledger_login) if found.ledger else None
+    return Places(_address(found.base_url), ledger, found.public_url)
 
 
 def _address(base_url: str) -> str:

@@ -5,9 +5,11 @@ The provider's words and the text are escaped: in the artifact they are text, wh
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import wraps
@@ -34,9 +36,10 @@ from prefect_nanogpt.errors import (
 from prefect_nanogpt.events import resume_command, run_logger
 from prefect_nanogpt.job import Said
 from prefect_nanogpt.models import Pending, Ticket
+from prefect_nanogpt.storage import Destination, Links
 from prefect_nanogpt.waveform import draw_steps, draw_waveform
 
-__all__ = ["Artifact", "Report", "escaped", "only_to_look_at", "quietly"]
+__all__ = ["Artifact", "Report", "escaped", "link", "links_to", "only_to_look_at", "quietly", "to_hear_and_keep"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -215,8 +218,13 @@ class Report:
         await self._progress.show(done, what)
 
     @only_to_look_at
-    async def finished(self, said: Said) -> None:
-        """Show where the audio is, what it is, and who paid for it."""
+    async def finished(self, said: Said, place: Destination) -> None:
+        """Show where to hear the audio, where it is, what it is, and who paid for it.
+
+        Args:
+            said: The audio.
+            place: The folder that it is in.
+        """
         audio = said.audio
         self.ticket = audio.ticket or self.ticket
         self._is_done = True
@@ -233,14 +241,16 @@ class Report:
             ("SHA-256", _code(audio.sha256)),
             *self._job_facts(audio.cost, audio.currency),
             ("Waited", f"{audio.waited_seconds:.1f} s, {audio.polls} status calls" if audio.polls else None),
-            ("Listen", _link(audio.source_url)),
+            ("At the provider", _provider_link(audio.source_url)),
         ]
         pictures = []
         if audio.peaks:
             pictures.append(f"![Waveform]({draw_waveform(audio.peaks)})")
         if len(self._positions) > 1:
             pictures.append(f"![Queue position over time]({draw_steps(self._positions, audio.waited_seconds)})")
-        await self._write("Speech ready", note, facts, pictures)
+        file_name = audio.location.rpartition("/")[2]
+        links = (await links_to(place, [file_name])).get(file_name)
+        await self._write("Speech ready", note, facts, pictures, links=links)
         if self._progress.is_there:
             await self._progress.show(100.0, "The audio is saved.")
 
@@ -327,9 +337,11 @@ class Report:
         pictures: Iterable[str] = (),
         *,
         is_open: bool = False,
+        links: Links | None = None,
     ) -> None:
         rows = [f"| {name} | {value} |" for name, value in facts if value]
-        parts = [f"# {escaped(title)}", note, *pictures, "\n".join(["| | |", "|---|---|", *rows])]
+        parts = [f"# {escaped(title)}", *to_hear_and_keep(links), note, *pictures]
+        parts.append("\n".join(["| | |", "|---|---|", *rows]))
         if self.ticket is not None and self.paid is None:
             parts.append(
                 _how_to_resume(self.ticket, self._save_to.get_secret_value())
@@ -348,17 +360,48 @@ def _code(words: str) -> str:
     return f"`{words}`" if re.fullmatch(r"[\w./:+=@~ -]+", words) else escaped(words)
 
 
-def _link(url: str | None) -> str | None:
+def link(label: str, url: str | None) -> str | None:
+    """Write a link, without the login that the URL may have; None where it is none that the UI would follow."""
     try:
         parts = urlsplit(split_login(url or "")[0])
     except ValueError:
         return None
     if parts.scheme not in {"http", "https"}:
         return None
-    # The V1 UI shows the backslashes of escapes within a link.
-    host = re.sub(r"[^A-Za-z0-9.-]", "", parts.hostname or "")
-    address = quote(parts.geturl(), safe=":/?#@!$&*+,;=%~-._")
-    return f"[at {host or 'the provider'}]({address}), for as long as it is kept there"
+    return f"[{label}]({quote(parts.geturl(), safe=':/?#@!$&*+,;=%~-._')})"
+
+
+def _provider_link(url: str | None) -> str | None:
+    with suppress(ValueError):
+        # The V1 UI shows the backslashes of escapes within a link.
+        host = re.sub(r"[^A-Za-z0-9.-]", "", urlsplit(url or "").hostname or "")
+        if found := link(f"at {host or 'the provider'}", url):
+            return f"{found}, for as long as it is kept there"
+    return None
+
+
+def to_hear_and_keep(links: Links | None, of: str = "") -> list[str]:
+    """Write the paragraph with the links to audio; none where there are no links.
+
+    Args:
+        links: The links.
+        of: What is behind them, in words, where that is more than one file.
+    """
+    found = [link(f"Listen{of}", links.listen), link(f"Download{of}", links.download)] if links else []
+    written = " · ".join(f"**{one}**" for one in found if one)
+    if not links or not written:
+        return []
+    return [f"{written}, {links.lasts}." if links.lasts else written]
+
+
+async def links_to(place: Destination, names: Iterable[str]) -> dict[str, Links]:
+    """Find the links to files in a folder, by their names; of those that have any."""
+    try:
+        found = await asyncio.to_thread(lambda: {name: place.links(name) for name in names})
+    except ValueError as error:
+        run_logger().warning("%s", error)
+        return {}
+    return {name: links for name, links in found.items() if links is not None}
 
 
 def _money(cost: Decimal | None, currency: str | None) -> str | None:

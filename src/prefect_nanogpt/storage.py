@@ -14,16 +14,18 @@ import os
 import random
 import re
 import secrets
+import socket
 import stat
 import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from datetime import UTC, datetime, timedelta
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Final, NamedTuple, ParamSpec, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -39,6 +41,7 @@ from prefect_nanogpt.errors import (
     secrets_in,
     without_login,
 )
+from prefect_nanogpt.folders import LISTEN_URL, page_url
 from prefect_nanogpt.models import AudioFile
 
 try:
@@ -46,7 +49,7 @@ try:
 except ImportError:  # Windows, which refuses by itself to delete a file that is open
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["BLOCK", "Destination", "absolute", "file_stem"]
+__all__ = ["BLOCK", "Destination", "Links", "absolute", "file_stem", "problem_with_public_url"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -70,6 +73,11 @@ _ABOUT_THE_FILE: Final = frozenset({"450", "500", "501", "502", "504", "550", "5
 _CHECKSUM_REFUSED: Final = frozenset({"NotImplemented", "XAmzContentSHA256Mismatch", "MissingContentLength"})
 _UNUSABLE_HEADER: Final = frozenset({"InvalidArgument", "InvalidRequest", "BadRequest"})
 _CHECKSUM_WORDS: Final = re.compile("checksum|aws-chunked|content-sha256|trailer", re.IGNORECASE)
+_SIGNATURE: Final = re.compile(r"[?&](X-Amz-Signature|X-Goog-Signature|Signature|sig)=")
+_TEMPORARY_KEY: Final = re.compile(r"[?&]x-amz-security-token=", re.IGNORECASE)
+_HOW_IT_IS_SERVED: Final = (
+    f"served by `prefect-nanogpt listen`, or `serve`, on the machine {socket.gethostname()}, to browsers on it"
+)
 # What trying again does not mend.
 _FINAL: Final = (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, ftplib.error_perm)
 _BLOCK_BYTES: Final = 1024**2
@@ -80,6 +88,10 @@ _NO_LINKS: Final = frozenset({errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EO
 _RESERVED: Final = re.compile(r"con|prn|aux|nul|(com|lpt)[0-9]", re.IGNORECASE)
 # Settings of a block that no message may show.
 _SECRET: Final = re.compile("user|pass|secret|token|key|credential", re.IGNORECASE)
+PUBLIC_URL: Final = "NANOGPT_PUBLIC_URL"
+PUBLIC_URL_FIELDS: Final = frozenset({"path", "bucket", "name"})
+LONGEST_SIGNATURE: Final = timedelta(days=7)
+"""What S3 and Google allow."""
 _AUDIO_NAME: Final = re.compile(rf"\.({'|'.join(EXTENSIONS)})$", re.IGNORECASE)
 
 
@@ -146,6 +158,44 @@ def is_temporary(folder: Path) -> bool:
     """Whether a folder is in the system's temporary folder."""
     temporary = Path(tempfile.gettempdir()).resolve()
     return temporary in (folder.resolve(), *folder.resolve().parents)
+
+
+class Links(NamedTuple):
+    """Where people can hear a file, and get it.
+
+    Attributes:
+        listen: Where a browser plays it.
+        download: Where a browser keeps it; None where it can only be had in the first way.
+        lasts: Until when, or through what, in words; empty where there is nothing to say.
+    """
+
+    listen: str
+    download: str | None = None
+    lasts: str = ""
+
+
+def problem_with_public_url(template: str) -> str | None:
+    """Say why a template of addresses at which people reach what is saved cannot be meant.
+
+    Example:
+        >>> problem_with_public_url("https://cdn.example.org/{path}") is None
+        True
+    """
+    fields = set(re.findall(r"\{([^{}]*)\}", template))
+    try:
+        parts = urlsplit(template)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        is_address = False
+    if not is_address:
+        return "it is not an http or https URL"
+    if parts.username is not None:
+        return "it has a login, which would stand in every report"
+    if unknown := sorted(fields - PUBLIC_URL_FIELDS):
+        return f"{{{unknown[0]}}} is none of {{path}}, {{bucket}} and {{name}}"
+    if not fields & {"path", "name"} or "{" in parts.netloc.replace("{bucket}", ""):
+        return "it has neither {path} nor {name} behind its host, so every file would have the same address"
+    return None
 
 
 class _OneThread:
@@ -305,6 +355,8 @@ class Destination:
     """
 
     displaces: bool = True
+    public_url: str | None = None
+    """A template of the addresses at which people reach what is saved here; None for that of the environment."""
     _proven: ClassVar[set[str]] = set()
     """The places that this process has written to and read from."""
 
@@ -414,6 +466,61 @@ class Destination:
         return self._location(f"{self.root}/{name}")
 
     # What follows blocks: `run` runs it in a thread.
+
+    def links(self, name: str) -> Links | None:
+        """Give the addresses at which people can hear and get a file from here; None where there are none.
+
+        They are public ones, if there is a template of those; else signed ones of a bucket; else, of a local folder,
+        those of the audio pages.
+
+        Raises:
+            ValueError: The template cannot be used.
+        """
+        path = f"{self.root}/{name}"
+        if template := self.public_url or os.environ.get(PUBLIC_URL):
+            if problem := problem_with_public_url(template):
+                raise ValueError(f"The public URL {without_login(template)} ({PUBLIC_URL}) is not used: {problem}.")
+            bucket, _, rest = path.strip("/").partition("/") if self.is_bucket else ("", "", path.lstrip("/"))
+            fields = {"path": quote(rest), "bucket": quote(bucket, safe=""), "name": quote(name, safe="")}
+            return Links(re.sub(r"\{(\w+)\}", lambda field: fields[field[1]], template))
+        if self.is_local:
+            served = "" if os.environ.get(LISTEN_URL) else _HOW_IT_IS_SERVED
+            return Links(page_url(self.root, "page", name), f"{page_url(self.root, name)}?download", served)
+        return self._signed(path, name)
+
+    def links_to_all(self) -> Links | None:
+        """Give the addresses of the page of a local folder and of all that it has; None elsewhere."""
+        if not self.is_local or self.public_url or os.environ.get(PUBLIC_URL):
+            return None
+        served = "" if os.environ.get(LISTEN_URL) else _HOW_IT_IS_SERVED
+        return Links(page_url(self.root), page_url(self.root, "all.zip"), served)
+
+    def _signed(self, path: str, name: str) -> Links | None:
+        """Give signed addresses; None where the driver has none, or no key to sign with."""
+        attachment = f"attachment; filename*=utf-8''{quote(name, safe='')}"
+        seconds = int(LONGEST_SIGNATURE.total_seconds())
+        until = f"until {datetime.now(UTC) + LONGEST_SIGNATURE:%Y-%m-%d %H:%M} UTC"
+        try:
+            if "s3" in self._protocols:
+                fs, as_heard, as_kept = _signer_for_s3(self.fs), {}, {"ResponseContentDisposition": attachment}
+            elif "gs" in self._protocols:
+                fs, as_heard = self.fs, {"version": "v4"}
+                as_kept = {**as_heard, "response_disposition": attachment}
+            elif "abfs" in self._protocols:
+                # Older drivers store no type with a file.
+                fs, as_heard = self.fs, {"content_type": CONTENT_TYPES[EXTENSIONS[name.rpartition(".")[2].lower()]]}
+                as_kept = {**as_heard, "content_disposition": attachment}
+            else:
+                return None
+            listen = str(fs.sign(path, expiration=seconds, **as_heard))
+            download = str(fs.sign(path, expiration=seconds, **as_kept))
+        except Exception:  # the drivers have families of errors of their own, and a link is only for convenience
+            return None
+        if not _SIGNATURE.search(listen):  # as anybody would ask, who has no key
+            return None
+        if _TEMPORARY_KEY.search(listen):
+            until += " at most: the key that it is signed with is a temporary one, and ends it earlier"
+        return Links(listen, download, until)
 
     def list_files(self, prefix: str = "") -> dict[str, int]:
         """List the files here whose names begin with `prefix`: name and size in bytes."""
@@ -764,10 +871,14 @@ class Destination:
         """Whether an upload shows under its name only once it is whole, and folders are parts of names."""
         return not self._protocols.isdisjoint(_BUCKETS)
 
-    def _content_type(self, name: str) -> dict[str, str]:
+    def _content_type(self, name: str) -> dict[str, Any]:
         """Name the MIME type as the driver wants it; drivers guess from the temporary name, which says nothing."""
         option = {"s3": "ContentType", "gs": "content_type"}
         content_type = CONTENT_TYPES.get(EXTENSIONS.get(name.rpartition(".")[2], ""), "application/jsonl")
+        if "abfs" in self._protocols:
+            from azure.storage.blob import ContentSettings
+
+            return {"content_settings": ContentSettings(content_type=content_type)}
         return {option[protocol]: content_type for protocol in self._protocols & option.keys()}
 
     def _location(self, path: str) -> str:
@@ -811,6 +922,17 @@ class Destination:
     def _secrets(self) -> list[str]:
         place: _Place | None = vars(self).get("_place")  # without loading a block
         return place.secrets if place else secrets_in(self.save_to)
+
+
+def _signer_for_s3(fs: Any) -> Any:
+    """Give a file system like this one that signs addresses as every bucket takes them.
+
+    AWS's library signs them in the old way by default, which newer buckets refuse. The present way has the region in
+    it, which is looked up: a signed address is not led on to the right one, as other requests are.
+    """
+    options = dict(fs.storage_options)
+    config = {"signature_version": "s3v4", **(options.pop("config_kwargs", None) or {})}
+    return type(fs)(*fs.storage_args, **{"cache_regions": True, **options, "config_kwargs": config})
 
 
 def _audio_file(location: str, sound: Sound, size: int, sha256: str) -> AudioFile:

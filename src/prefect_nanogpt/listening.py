@@ -241,7 +241,7 @@ class _Pages:
 
     def app(self) -> Starlette:
         """Make the application. What its functions do is reading, so they run in threads."""
-        return Starlette(
+        app = Starlette(
             routes=[
                 Route("/", self._start, methods=["GET"]),
                 Route("/{folder}/", self._folder, methods=["GET"]),
@@ -250,6 +250,8 @@ class _Pages:
                 Route("/{folder}/{file}", self._audio, methods=["GET"]),
             ]
         )
+        app.router.redirect_slashes = False
+        return app
 
     def _folders(self) -> Mapping[str, Path]:
         return registered() if self._given is None else self._given

@@ -6,7 +6,7 @@ import json
 import os
 import stat
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -136,18 +136,24 @@ class Folder:
                 problem = str(self._ledger.folder.failure(error))
             sizes = self._sizes()
             lines = [self._of_line(row, entries, sizes) for row in self._manifest().values()]
-            used = {line.file for line in lines}
-            told = {line.note for line in lines}
-            others = []
-            for entry in entries.values():
-                for number, state in entry.saved:
-                    note = (entry.job, number, state)
-                    noted = None if note in told else self._of_note(note)
-                    found = noted and _in_place(noted, sizes)
-                    if found and found.file and found.file not in used:
-                        used.add(found.file)
-                        others.append(found)
-        return Contents(lines, sorted(others, key=lambda other: other.saved_at, reverse=True), problem)
+            others = self._others(entries, sizes, lines)
+        return Contents(lines, others, problem)
+
+    def _others(
+        self, entries: Mapping[str, Entry], sizes: Mapping[str, int], lines: Sequence[Recording]
+    ) -> list[Recording]:
+        told = {line.note for line in lines}
+        notes = [
+            self._of_note(note)
+            for entry in entries.values()
+            for number, state in entry.saved
+            if (note := (entry.job, number, state)) not in told
+        ]
+        found = [_in_place(noted, sizes) for noted in notes if noted is not None]
+        found.sort(key=lambda other: other.saved_at, reverse=True)
+        by_file = {other.file: other for other in reversed(found)}  # equal audio may have been saved more than once
+        used = {None, *(line.file for line in lines)}
+        return [other for other in found if other.file not in used and by_file[other.file] is other]
 
     def details(self, recording: Recording) -> Recording:
         """Tell of a line what its notes say: when it was saved, by which run, and its outline."""

@@ -51,6 +51,6 @@ def draw_steps(points: Sequence[tuple[float, int]], end: float) -> str:
 def _image(content: str) -> str:
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" '
-        f'viewBox="0 0 {WIDTH} {HEIGHT}" fill="none">{content}</svg>'
+        f'viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" fill="none">{content}</svg>'
     )
     return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"

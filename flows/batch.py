@@ -520,7 +520,7 @@ class _Batch:
                 + self._what_is_paid_again(rows)
             )
         links = await links_to(destination, [row.file_name for row in shown if row.file_name])
-        page = to_hear_and_keep(destination.links_to_all(), " to all") if completed else []
+        page = to_hear_and_keep(destination.links_to_all(), all_of_it=True) if completed else []
         table = [*TABLE_HEAD, *(_shown(row, links.get(row.file_name)) for row in shown)]
         await self._table.show("\n\n".join([*page, " ".join(parts), "\n".join(table)]) + "\n", title)
 

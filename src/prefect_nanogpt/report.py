@@ -380,14 +380,15 @@ def _provider_link(url: str | None) -> str | None:
     return None
 
 
-def to_hear_and_keep(links: Links | None, of: str = "") -> list[str]:
+def to_hear_and_keep(links: Links | None, *, all_of_it: bool = False) -> list[str]:
     """Write the paragraph with the links to audio; none where there are no links.
 
     Args:
         links: The links.
-        of: What is behind them, in words, where that is more than one file.
+        all_of_it: Whether they lead to all that a folder has.
     """
-    found = [link(f"Listen{of}", links.listen), link(f"Download{of}", links.download)] if links else []
+    labels = ("Listen to all", "Download all") if all_of_it else ("Listen", "Download")
+    found = [link(label, url) for label, url in zip(labels, links[:2], strict=True)] if links else []
     written = " · ".join(f"**{one}**" for one in found if one)
     if not links or not written:
         return []

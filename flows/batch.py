@@ -81,7 +81,7 @@ UNFINISHED: Final = "UNFINISHED"
 """A job that is paid for and that nobody has seen to its end: another run does."""
 COSTS: Final = ("cost", "currency", "other_costs")
 ROWS_SHOWN: Final = 100
-TABLE_HEAD: Final = ("| Line | Text | Audio | Seconds | Cost | Run id |", "|---|---|---|---|---|---|")
+TABLE_HEAD: Final = ("| Line | Audio | Text | Seconds | Cost |", "|---|---|---|---|---|")
 TEXT_SHOWN: Final = 80
 DETAIL_SHOWN: Final = 200
 PROGRESS_SECONDS: Final = 5.0
@@ -593,23 +593,18 @@ def _standing(ledger: Ledger, entry: Entry, reason: str | None, had: int) -> dic
 
 
 def _shown(row: ManifestRow, links: Links | None) -> str:
-    """Write the row of a line in the table of a report, where its audio or the reason why there is none is linked."""
+    """Write the row of a line in the table of a report: what to look for first, since the UI's tables are narrow."""
+    text, audio = escaped(row.text, TEXT_SHOWN), link("Listen", links.listen) if links else None
+    if not row.is_completed:
+        audio, text = f"**{escaped(row.outcome)}**", f"{text} — {escaped(row.detail or '', DETAIL_SHOWN)}"
     cells = [
         escaped(row.id, ID_SHOWN),
-        escaped(row.text, TEXT_SHOWN),
-        _audio_or_reason(row, links),
+        audio or escaped(row.location or ""),
+        text,
         f"{row.duration_seconds:.1f}" if row.duration_seconds is not None else "",
         escaped(", ".join(f"{cost:f} {currency or ''}".strip() for currency, cost in _charges(row))),
-        escaped(row.ticket.run_id) if row.ticket else "",
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def _audio_or_reason(row: ManifestRow, links: Links | None) -> str:
-    if not row.is_completed:
-        return f"**{escaped(row.outcome)}** {escaped(row.detail or '', DETAIL_SHOWN)}".strip()
-    listen = link("Listen", links.listen) if links else None
-    return listen or escaped(row.location or "")
 
 
 def _stops_everything(error: NanoGPTError) -> bool:

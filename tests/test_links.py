@@ -70,7 +70,7 @@ async def test_the_report_of_a_local_folder_begins_with_links_to_the_audio_pages
     with listening(port=0) as url:
         monkeypatch.setenv("NANOGPT_LISTEN_URL", f"{url}/")
         report = await said("links-local", name="intro", **terms)
-        assert report.startswith(f"# Speech ready\n\n**[Listen]({url}/")
+        assert report.startswith(f"# Speech ready\n\n[Listen]({url}/")
         assert "listen`" not in report
         links = links_in(report)
         assert "Said to be heard." in (await fetched(links["Listen"])).text
@@ -131,7 +131,7 @@ async def test_the_table_of_a_batch_links_each_line_and_begins_with_all_of_them(
         assert "CONTENT_POLICY_VIOLATION" in (await fetched(links["Listen to all"])).text
         assert (await fetched(links["Download all"])).content.startswith(b"PK")
     rows = [row for row in report.splitlines() if row.startswith("| ")]
-    assert [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [7, 7, 7]
+    assert [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [6, 6, 6]
     assert r"\[x\]\(http" in rows[2]
 
 
@@ -185,7 +185,7 @@ async def test_a_public_address_of_the_environment_comes_before_the_pages_of_thi
 ) -> None:
     monkeypatch.setenv("NANOGPT_PUBLIC_URL", "https://cdn.example.org/{name}")
     report = await said("links-public", name="intro", **terms)
-    assert report.startswith("# Speech ready\n\n**[Listen](https://cdn.example.org/intro.mp3)**\n")
+    assert report.startswith("# Speech ready\n\n[Listen](https://cdn.example.org/intro.mp3)\n")
 
 
 async def test_a_public_address_of_the_block_comes_before_that_of_the_environment(
@@ -222,7 +222,7 @@ async def test_the_report_of_a_bucket_begins_with_signed_links_and_says_how_long
     before = datetime.now(UTC).replace(second=0, microsecond=0)
     report = await said("links-bucket", name="intro", **to_bucket)
     links = links_in(report)
-    assert report.startswith(f"# Speech ready\n\n**[Listen]({s3_env.url}/speech/episodes/intro.mp3?")
+    assert report.startswith(f"# Speech ready\n\n[Listen]({s3_env.url}/speech/episodes/intro.mp3?")
     found = re.search(r", until (\d{4}-\d\d-\d\d \d\d:\d\d) UTC\.$", report.split("\n\n")[1])
     assert found is not None
     lasts = datetime.strptime(found[1], "%Y-%m-%d %H:%M").replace(tzinfo=UTC) - before

@@ -909,7 +909,7 @@ async def test_the_providers_words_stay_words_in_the_report_of_saved_audio(sandb
 
     tokens, inline = rendered(report)
     links = [child.attrs["href"] for child in inline if child.type == "link_open"]
-    assert links == [f"{url}?a=%29%7C%60%3Cb%3E"]
+    assert links[2:] == [f"{url}?a=%29%7C%60%3Cb%3E"]  # after those to hear it and to keep it
     assert {token.type for token in [*tokens, *inline]}.isdisjoint({"html_block", "html_inline", "strong_open"})
     assert "<img src=x onerror=alert(1)>" in "".join(child.content for child in inline)
 

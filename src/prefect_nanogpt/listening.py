@@ -380,6 +380,9 @@ class _Passing:
     def flush(self) -> None:
         """Do nothing, as there is nothing behind this."""
 
+    def close(self) -> None:
+        """Do nothing, likewise."""
+
     def take(self) -> bytes:
         """Give what was written since the last time."""
         blocks, self._blocks = self._blocks, []

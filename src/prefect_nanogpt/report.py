@@ -389,7 +389,7 @@ def to_hear_and_keep(links: Links | None, *, all_of_it: bool = False) -> list[st
     """
     labels = ("Listen to all", "Download all") if all_of_it else ("Listen", "Download")
     found = [link(label, url) for label, url in zip(labels, links[:2], strict=True)] if links else []
-    written = " · ".join(f"**{one}**" for one in found if one)
+    written = " · ".join(filter(None, found))
     if not links or not written:
         return []
     return [f"{written}, {links.lasts}." if links.lasts else written]

@@ -7,48 +7,37 @@ batch, and nothing else.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import codecs
-import contextvars
 import logging
 import math
 import os
 import shlex
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import textwrap
-import threading
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields
 from decimal import Decimal
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final
 
 import httpx
 from cyclopts import App, CycloptsError, Parameter, validators
-from prefect import aserve
-from prefect.deployments.runner import RunnerDeployment
-from prefect.exceptions import ParameterTypeError, PrefectException
+from prefect.exceptions import ParameterTypeError
 from prefect.logging.configuration import setup_logging
-from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+from prefect.settings import get_current_settings
 from pydantic import SecretStr, TypeAdapter, ValidationError
-from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
 import prefect_nanogpt.flows
 import prefect_nanogpt.tasks
 from prefect_nanogpt import NanoGPTCredentials, __version__
-from prefect_nanogpt.client import INVALID_CREDENTIALS, problem_with_base_url
+from prefect_nanogpt.client import INVALID_CREDENTIALS
 from prefect_nanogpt.credentials import find_credentials
+from prefect_nanogpt.deploying import serve
 from prefect_nanogpt.errors import (
     AudioError,
     BatchPartial,
@@ -60,11 +49,10 @@ from prefect_nanogpt.errors import (
     without_login,
 )
 from prefect_nanogpt.events import LOGIN_LEFT_OUT
-from prefect_nanogpt.flows import collect_open_tickets, text_to_speech, text_to_speech_batch, wait_for_tts
+from prefect_nanogpt.flows import text_to_speech, text_to_speech_batch, wait_for_tts
 from prefect_nanogpt.flows.forms import LONGEST_TIMEOUT_SECONDS
 from prefect_nanogpt.folders import PORT
 from prefect_nanogpt.job import RESUBMIT, Resubmit
-from prefect_nanogpt.ledger import Ledger
 from prefect_nanogpt.lines import COMPLETED, read_lines
 from prefect_nanogpt.lines import FILE_NAME as MANIFEST
 from prefect_nanogpt.listening import HOST, listening
@@ -83,13 +71,25 @@ from prefect_nanogpt.playing import DESKTOP
 from prefect_nanogpt.playing import play as play_audio
 from prefect_nanogpt.sandbox import Sandbox
 from prefect_nanogpt.sandbox import serve as serve_sandbox
+from prefect_nanogpt.shell import (
+    JOB_FAILED,
+    NO_KEY,
+    PREFECT_FAILED,
+    Port,
+    UsageError,
+    api_url,
+    check_environment,
+    console,
+    free_port,
+    prefect_failed,
+    prefect_server,
+    refuse_if_given,
+    stop,
+)
 from prefect_nanogpt.storage import Destination, absolute
 from prefect_nanogpt.tables import option_value
-from prefect_nanogpt_command import STOP_SIGNALS
 
 __all__ = ["main", "stop"]
-
-R = TypeVar("R")
 
 
 def _is_finite(_: Any, number: float | Decimal | None) -> None:
@@ -113,20 +113,13 @@ MOST: Final = 2**31 - 1
 MONEY: Final[TypeAdapter[Any]] = TypeAdapter(Money | None)
 Seconds = Annotated[float, Parameter(validator=[_is_finite, validators.Number(gt=0, lte=LONGEST_TIMEOUT_SECONDS)])]
 PositiveInt = Annotated[int, Parameter(validator=validators.Number(gte=1, lte=MOST))]
-Port = Annotated[int, Parameter(validator=validators.Number(gte=0, lte=65_535))]
 Usd = Annotated[Decimal | None, Parameter(validator=_is_money)]
 Words = Annotated[str, Parameter(validator=_is_not_empty)]
 SEVERAL: Final = Parameter(negative=(), consume_multiple=False, show_default=False)
-PREFECT_FAILED: Final = (httpx.HTTPError, RuntimeError, PrefectException)
-NO_KEY: Final = "No NANOGPT_API_KEY: a local sandbox stands in for NanoGPT, with play money."
-JOB_FAILED: Final = 1
 BAD_USAGE: Final = 2
-LONGEST_REASON: Final = 300
 LONGEST_USAGE: Final = 1_000
 LONGEST_TEXT: Final = 16 * 1024 * 1024
 """In bytes. What is sent to Prefect as a parameter may be far shorter; this keeps an endless file out of the memory."""
-LAST_SECONDS: Final = 5.0
-SHOW_CURSOR: Final = b"\r\x1b[K\x1b[?25h"
 LONGEST_ARGUMENT: Final = 60
 UTF_16_MARKS: Final = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 GO_ON: Final = (
@@ -136,129 +129,6 @@ GO_ON: Final = (
 WAIT_ON: Final = "The job goes on. To wait for it again, at no cost:"
 
 
-class UsageError(Exception):
-    """The command line cannot be followed."""
-
-
-class Stop:
-    """What Ctrl-C and SIGTERM do, at whatever moment, without an exception in whatever happens to run.
-
-    A flow runs in a thread of its own, and the main thread, where Python runs signal handlers, only waits: so Prefect
-    puts no handler of its own in the place of this one, and a flow that blocks its event loop can be stopped too.
-
-    Attributes:
-        number: The first signal that came.
-        last_words: Called before the process is left while a flow is running.
-    """
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self.last_words: Callable[[], None] = lambda: None
-        self._exit_code: int | None = None
-        self._presses = 0
-        self._is_leaving = False
-        self._is_starting = False
-        self._servers: list[subprocess.Popen[bytes]] = []
-        self._flow: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
-
-    def listen(self) -> None:
-        """Handle the signals that are not ignored, as a shell has it for what runs in the background."""
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._handle)
-
-    def run(self, main: Callable[[], Coroutine[Any, Any, R]]) -> R:
-        """Run what the first signal cancels, as Ctrl-C does in `asyncio.run`."""
-        done: Future[R] = Future()
-        context = contextvars.copy_context()
-
-        async def cancellable() -> R:
-            task = asyncio.current_task()
-            assert task is not None
-            self._flow = asyncio.get_running_loop(), task
-            return await main()
-
-        def run() -> None:
-            try:
-                done.set_result(context.run(asyncio.run, cancellable()))
-            except BaseException as error:
-                done.set_exception(error)
-
-        threading.Thread(target=run, name="prefect-nanogpt", daemon=True).start()
-        try:
-            return done.result()
-        finally:
-            self._flow = None
-
-    def settle(self, exit_code: int) -> None:
-        """Make a signal end the process at once with this code: there is nothing left to stop."""
-        self._exit_code = exit_code
-
-    def start_server(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-        """Start a server that ends with this process, and not before: Ctrl-C in a terminal does not reach it."""
-        if not self._servers:
-            # Before Prefect has anything to send at the end, and so after that is sent.
-            atexit.register(self._end_servers)
-        self._is_starting = True
-        server = subprocess.Popen(
-            command,
-            env={**os.environ, **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        self._servers.append(server)
-        self._is_starting = False
-        if self.number is not None:
-            self._leave(128 + self.number)
-        return server
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        self.number = self.number or number
-        self._presses += 1
-        if self._is_starting:
-            return  # whoever starts a server looks when it is known
-        if self._exit_code is not None:
-            self._leave(self._exit_code)
-        if self._flow is None:
-            self._leave(128 + number)
-        elif self._presses > 2:
-            self.last_words()
-            self._leave(128 + number)
-        else:
-            loop, task = self._flow
-            with suppress(RuntimeError):  # it has just ended
-                loop.call_soon_threadsafe(task.cancel if self._presses == 1 else self._cancel_all, loop)
-
-    @staticmethod
-    def _cancel_all(loop: asyncio.AbstractEventLoop) -> None:
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-
-    def _leave(self, code: int) -> None:
-        if console.is_terminal and not console.is_dumb_terminal:
-            with suppress(OSError):
-                os.write(2, SHOW_CURSOR)
-        if self._is_leaving:  # by somebody who does not want to wait: the servers have been told
-            os._exit(code)
-        self._is_leaving = True
-        self._end_servers()
-        os._exit(code)
-
-    def _end_servers(self) -> None:
-        for server in self._servers:
-            server.terminate()
-        for server in self._servers:
-            try:
-                server.wait(LAST_SECONDS)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait(LAST_SECONDS)
-
-
-stop: Final = Stop()
-
 app = App(
     name="prefect-nanogpt",
     help="NanoGPT's asynchronous text-to-speech, tracked in Prefect.",
@@ -266,7 +136,6 @@ app = App(
     exit_on_error=False,
     print_error=False,
 )
-console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 @Parameter(name="*")
@@ -557,89 +426,20 @@ async def _until_stopped() -> None:
     await asyncio.Event().wait()
 
 
-@app.command(name="serve")
-def serve_flows(*, port: Port = 4200) -> int:
-    """Put all flows into the Prefect UI and run them here, without a worker, until Ctrl-C.
-
-    Starts a Prefect server unless PREFECT_API_URL names one, and without an API key also the sandbox.
-
-    Args:
-        port: The port of the server, if one is started; 0 for a free one.
-    """
-    _check_environment()
-    with ExitStack() as stack:
-        if not _api_url():
-            console.print("Starting Prefect…")
-            url = stack.enter_context(_server(port or _free_port()))
-            console.print(f"The flows are at {url}/deployments. Ctrl-C stops everything.")
-        try:
-            asyncio.run(find_credentials())
-        except CredentialsError as error:
-            _refuse_if_given(error)
-            stand_in = stack.enter_context(Sandbox())
-            # The runs have processes of their own, which find the sandbox there.
-            os.environ.update(NANOGPT_API_KEY="sandbox", NANOGPT_BASE_URL=stand_in.base_url)
-            console.print(NO_KEY)
-        flows = (wait_for_tts, text_to_speech, text_to_speech_batch, collect_open_tickets)
-        deployments = [RunnerDeployment.from_flow(flow, "local", tags=["nanogpt", "speech"]) for flow in flows]
-        try:
-            stop.run(lambda: aserve(*deployments, print_starting_message=False))
-        except (asyncio.CancelledError, *PREFECT_FAILED) as error:
-            if stop.number is None:
-                return _prefect_failed(error)
-    return 0
-
-
-@contextmanager
-def _server(port: int, **environment: str) -> Iterator[str]:
-    """Run a Prefect server, and point this process and its children at it."""
-    url = f"http://127.0.0.1:{port}"
-    server = stop.start_server(
-        [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
-        {"PREFECT_SERVER_UI_API_URL": f"{url}/api", **environment},
-    )
-    while True:
-        try:
-            # Whatever else listens there, it is not the server that is to be used.
-            if server.poll() is None and httpx.get(f"{url}/api/health").is_success:
-                break
-        except httpx.HTTPError:
-            pass
-        if server.poll() is not None:
-            raise NanoGPTError(
-                f"No Prefect server could be started on port {port}. `prefect server start --port {port}` says why.",
-                code="NO_SERVER",
-            )
-        time.sleep(0.1)
-    os.environ["PREFECT_API_URL"] = f"{url}/api"
-    with temporary_settings({PREFECT_API_URL: f"{url}/api"}):
-        yield url
-
-
 @contextmanager
 def _prefect() -> Iterator[None]:
     """Find the Prefect server that is set, or else run one for as long as this process."""
-    if _api_url():
+    if api_url():
         yield
     elif not get_current_settings().server.ephemeral.enabled:
         raise UsageError("PREFECT_API_URL is not set, and Prefect's settings allow no temporary server.")
     else:
         # As Prefect starts one by itself: without UI, and with no more services than flows need.
-        with _server(_free_port(), PREFECT_UI_ENABLED="false", PREFECT__SERVER_EPHEMERAL="1"):
+        with prefect_server(free_port(), PREFECT_UI_ENABLED="false", PREFECT__SERVER_EPHEMERAL="1"):
             yield
 
 
-def _api_url() -> str | None:
-    url: str | None = PREFECT_API_URL.value()
-    if url and problem_with_base_url(url):
-        raise UsageError(f"What PREFECT_API_URL is set to is not an http or https URL: {without_login(url)}.")
-    return url
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+app.command(serve)
 
 
 def main() -> int:
@@ -666,40 +466,6 @@ def main() -> int:
     return BAD_USAGE
 
 
-def _check_environment() -> None:
-    """Refuse what the environment has and cannot be used, before a server is started."""
-    try:
-        Path.cwd()
-    except OSError as error:
-        raise UsageError(f"The working directory cannot be used: {error.strerror}") from None
-
-    async def check() -> None:
-        async with (await find_credentials()).get_client():
-            pass
-
-    if os.environ.get("NANOGPT_API_KEY", "").strip() or os.environ.get("NANOGPT_BASE_URL"):
-        try:
-            asyncio.run(check())
-        except CredentialsError as error:
-            raise UsageError(error.message) from None
-    if place := Ledger.elsewhere(None):
-        try:
-            if (folder := Destination(place)).is_local:
-                folder.check()
-        except NanoGPTError as error:
-            raise UsageError(f"NANOGPT_LEDGER: {error.message.replace('save_to', 'it', 1)}") from None
-        except OSError as error:
-            raise UsageError(f"NANOGPT_LEDGER: {without_login(place)} cannot be used: {error}") from None
-
-
-def _refuse_if_given(error: CredentialsError) -> None:
-    """Let the sandbox stand in where no credentials were given, and nowhere else."""
-    if error.retryable:
-        raise error
-    if error.code != CredentialsError.default_code:
-        raise UsageError(error.message) from None
-
-
 def _run(flow_run: Callable[[NanoGPTCredentials], Awaitable[str]], save_to: str) -> int:
     """Run a flow with the credentials that there are, or else with the sandbox."""
 
@@ -708,7 +474,7 @@ def _run(flow_run: Callable[[NanoGPTCredentials], Awaitable[str]], save_to: str)
             try:
                 credentials = await find_credentials()
             except CredentialsError as error:
-                _refuse_if_given(error)
+                refuse_if_given(error)
                 sandbox = stack.enter_context(Sandbox())
                 credentials = NanoGPTCredentials(api_key=SecretStr("sandbox"), base_url=sandbox.base_url)
                 console.print(NO_KEY)
@@ -721,7 +487,7 @@ def _run_tracked(flow_run: Callable[[], Coroutine[Any, Any, str]], save_to: str)
     # A server that is started for the occasion is nobody's to watch: what it has to say is said through the API.
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
-    _check_environment()
+    check_environment()
     stop.last_words = lambda: console.print(f"Stopped. {_to_go_on(save_to)}", markup=False)
     try:
         with _progress(), _prefect():
@@ -739,19 +505,11 @@ def _run_tracked(flow_run: Callable[[], Coroutine[Any, Any, str]], save_to: str)
         if stop.number is not None:
             stop.last_words()
             return 128 + stop.number
-        code = _prefect_failed(error)
+        code = prefect_failed(error)
         console.print(_to_go_on(save_to), markup=False)
         return code
     print(location)
     return 0
-
-
-def _prefect_failed(error: BaseException) -> int:
-    server = PREFECT_API_URL.value() or ""
-    words = str(error).replace(server, without_login(server)) if server else str(error)
-    words = textwrap.shorten(words, LONGEST_REASON, placeholder="…")
-    console.print(f"Prefect cannot be used: {words}", style="red", markup=False)
-    return JOB_FAILED
 
 
 def _this_command(save_to: str, *more: str) -> str:

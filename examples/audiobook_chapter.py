@@ -5,7 +5,7 @@
 The text is cut where paragraphs and sentences end, each part is a job, and their audio is joined into one file.
 Without an API key, the sandbox reads.
 
-    pip install "prefect-nanogpt[long]"
+    # prefect-nanogpt with its extra `long`, installed as the README says
 """
 
 import asyncio

@@ -3,7 +3,8 @@
 Shows how the speech is one step among others: each step has the retries that suit it, a run that is retried goes on
 where it stopped, and the same script is never paid for twice.
 
-    pip install "prefect-nanogpt[s3]" imageio-ffmpeg
+    # prefect-nanogpt with its extra `s3`, installed as the README says
+    pip install imageio-ffmpeg
     prefect-nanogpt sandbox &
     export NANOGPT_BASE_URL=http://127.0.0.1:8765/api NANOGPT_API_KEY=anything
     python podcast_intro.py                        # publishes into the folder `published`

@@ -4,7 +4,7 @@ Shows how to react to this package's events: `nanogpt.tts.submitted`, `completed
 the flow with a trigger makes the automation; it takes the flow's parameters out of the event. The runs that are
 reacted to may be anywhere, and know nothing of it.
 
-    pip install prefect-nanogpt
+    # prefect-nanogpt, installed as the README says
     python react_to_a_rejection.py
 
 and, in a second shell with the same PREFECT_API_URL:

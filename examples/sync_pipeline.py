@@ -4,7 +4,7 @@ Shows how to call a flow of this package from ordinary synchronous code: `asynci
 speech is still a child run of this flow, and a refused text is still an exception that can be caught by its type.
 (Inside an `async` flow there is a loop already: await the speech there.)
 
-    pip install prefect-nanogpt
+    # prefect-nanogpt, installed as the README says
     prefect-nanogpt sandbox &
     export NANOGPT_BASE_URL=http://127.0.0.1:8765/api NANOGPT_API_KEY=anything
     python sync_pipeline.py

@@ -9,7 +9,7 @@ the texts got them; here it is a shell script:
 
 Nothing is submitted here, so nothing is paid for here, however often it runs: what is saved already is only looked up.
 
-    pip install prefect-nanogpt
+    # prefect-nanogpt, installed as the README says
     prefect-nanogpt sandbox &
     export NANOGPT_BASE_URL=http://127.0.0.1:8765/api NANOGPT_API_KEY=anything
     python tickets_from_elsewhere.py tickets.jsonl

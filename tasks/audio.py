@@ -11,7 +11,8 @@ from prefect_nanogpt.client import NanoGPTClient
 from prefect_nanogpt.connections import split_login
 from prefect_nanogpt.credentials import NanoGPTCredentials, nanogpt_client
 from prefect_nanogpt.errors import AudioError
-from prefect_nanogpt.models import AudioContent, AudioFile, Completed
+from prefect_nanogpt.events import run_logger
+from prefect_nanogpt.models import HUMMED, AudioContent, AudioFile, Completed
 from prefect_nanogpt.storage import Destination, file_stem
 from prefect_nanogpt.tasks.retries import JITTER, may_help
 
@@ -94,10 +95,14 @@ async def download_to(place: Destination, client: NanoGPTClient, audio: Complete
     async with client.download(audio.audio_url) as response:
         encoded = "content-encoding" in response.headers
         length = response.headers.get("content-length")
+        is_hummed = "x-sandbox-hums" in response.headers
         saved = await place.save(
             response.aiter_bytes(),
             stem,
             expected_bytes=int(length) if length and not encoded else None,
         )
+    if is_hummed:
+        run_logger().warning(HUMMED)
     source_url, _ = split_login(audio.audio_url)
-    return saved.model_copy(update={"cost": audio.cost, "currency": audio.currency, "source_url": source_url})
+    known = {"cost": audio.cost, "currency": audio.currency, "source_url": source_url, "is_hummed": is_hummed}
+    return saved.model_copy(update=known)

@@ -1,8 +1,10 @@
 """The sandbox over real HTTP: the protocol, the faults it can be told to make, and that it really speaks."""
 
 import array
+import asyncio
 import itertools
 import json
+import os
 import re
 import shutil
 import signal
@@ -12,13 +14,20 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter
+from pydantic import SecretStr
 
+from prefect_nanogpt import NanoGPTCredentials
+from prefect_nanogpt.flows import text_to_speech
+from prefect_nanogpt.models import HUMMED
 from prefect_nanogpt.sandbox import Accept, Answer, Cut, Hang, Redirect, Sandbox, Slow, Stall
 from tests.sounds import DECODED_RATE, decoded
 
@@ -701,11 +710,11 @@ def test_the_command_says_what_it_is_serves_and_stops_without_a_traceback(stop: 
     with start_command("--port", "0", "--job-seconds", "0") as process:
         assert process.stderr is not None
         said = ""
-        while "NANOGPT_BASE_URL" not in said:
+        while "NANOGPT_API_KEY" not in said:
             line = process.stderr.readline()
             assert line, said
             said += line
-        base_url = re.search(r"NANOGPT_BASE_URL=(\S+)", said)
+        base_url = re.search(r"^export NANOGPT_BASE_URL=(\S+)\nexport NANOGPT_API_KEY=sandbox$", said, re.MULTILINE)
         assert base_url
         answer = httpx.post(f"{base_url[1]}/tts", headers={"x-api-key": KEY}, json={"text": "Hello", "model": MODEL})
         process.send_signal(stop)
@@ -819,3 +828,78 @@ def test_a_published_sample_fails_on_a_rejection(language: str, sandbox: Sandbox
     assert done.returncode == 1
     assert "Content rejected by provider" in done.stdout + done.stderr
     assert len(sandbox.ledger.refunds) == 1
+
+
+# In the environment
+
+
+@pytest.fixture
+def nobodys_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NANOGPT_API_KEY", "NANOGPT_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def environment() -> tuple[str | None, str | None]:
+    return os.environ.get("NANOGPT_API_KEY"), os.environ.get("NANOGPT_BASE_URL")
+
+
+def test_within_its_block_a_sandbox_is_found_by_flows_and_children_even_where_a_key_is_set(
+    nobodys_environment: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("NANOGPT_API_KEY", "sk-nano-of-somebody")
+    script = "import os; print(os.environ['NANOGPT_API_KEY'], os.environ['NANOGPT_BASE_URL'])"
+    with Sandbox(job_seconds=0, speak=False) as sandbox:
+        audio = asyncio.run(text_to_speech("Without a key.", save_to=str(tmp_path)))
+        child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        assert child.stdout.split() == ["sandbox", sandbox.base_url]
+        [request] = sandbox.requests("submit")
+        assert request.headers["x-api-key"] == "sandbox"
+    assert Path(audio.location).exists()
+    assert environment() == ("sk-nano-of-somebody", None)
+
+
+def test_credentials_that_are_given_go_before_the_sandbox_of_the_block(
+    nobodys_environment: None, tmp_path: Path
+) -> None:
+    with Sandbox(job_seconds=0, speak=False) as given, Sandbox(speak=False) as of_the_block:
+        credentials = NanoGPTCredentials(api_key=SecretStr("mine"), base_url=given.base_url)
+        asyncio.run(text_to_speech("With a key.", save_to=str(tmp_path), credentials=credentials))
+        assert len(given.requests("submit")) == 1
+        assert of_the_block.requests() == []
+
+
+def test_sandboxes_that_end_in_another_order_leave_no_block_without_one(nobodys_environment: None) -> None:
+    first, second = Sandbox(speak=False), Sandbox(speak=False)
+    with ExitStack() as outer, ExitStack() as inner:
+        inner.enter_context(first)
+        outer.enter_context(second)
+        assert environment()[1] == second.base_url
+        inner.close()
+        assert environment() == ("sandbox", second.base_url)
+    assert environment() == (None, None)
+
+
+# Where it cannot speak
+
+
+def test_a_sandbox_without_its_extra_says_that_it_hums_and_so_does_the_run(
+    nobodys_environment: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("prefect_nanogpt.sandbox.speech.can_speak", lambda: False)
+    monkeypatch.setattr("prefect_nanogpt.sandbox.speech._espeak", lambda: None)
+    with Sandbox(job_seconds=0) as sandbox, caplog.at_level("WARNING"):
+        assert sandbox.hums
+        audio = asyncio.run(text_to_speech("Hummed.", save_to=str(tmp_path), artifact_key="hummed"))
+    assert audio.is_hummed
+    assert HUMMED in caplog.text
+    with get_client(sync_client=True) as client:
+        [report] = client.read_artifacts(artifact_filter=ArtifactFilter(key={"any_": ["hummed"]}))
+    assert HUMMED in str(report.data)
+
+
+def test_a_sandbox_that_speaks_or_is_told_not_to_says_nothing_of_it(tmp_path: Path) -> None:
+    for speak in (True, False):
+        with Sandbox(job_seconds=0, speak=speak) as sandbox:
+            assert not sandbox.hums
+            audio = asyncio.run(text_to_speech("Heard.", save_to=str(tmp_path / str(speak))))
+        assert not audio.is_hummed

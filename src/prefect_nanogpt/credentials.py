@@ -40,6 +40,16 @@ KEY_IN_CLEAR: Final = (
 )
 
 
+WHERE_KEYS_ARE: Final = "https://nano-gpt.com/api"
+"""The page on which NanoGPT has people make and manage their keys."""
+NO_KEY: Final = (
+    f"There is no NanoGPT API key. Make one at {WHERE_KEYS_ARE}, and set NANOGPT_API_KEY in the environment of the "
+    "process that runs the flow, or save a NanoGPT Credentials block named 'default' in Prefect. To try without a key, "
+    "start the stand-in with `prefect-nanogpt sandbox` and set what it prints; or in Python put the call into a block "
+    "`with Sandbox():`, from prefect_nanogpt.sandbox. No request was made."
+)
+
+
 def has_key_in_clear(credentials: object) -> bool:
     """Whether something that was given as credentials is, or may be, a key that nothing masks.
 
@@ -214,8 +224,9 @@ async def find_credentials() -> NanoGPTCredentials:
     if address != DEFAULT_BASE_URL:
         # Whoever exported the sandbox's address must not be charged by the address of the block.
         raise CredentialsError(
-            f"NANOGPT_BASE_URL is set to {address} and NANOGPT_API_KEY is not: set both, or neither to use the saved "
-            "block. No request was made.",
+            f"NANOGPT_BASE_URL is set to {address} and NANOGPT_API_KEY is not: set both, or neither to use the "
+            f"saved block. Keys are made at {WHERE_KEYS_ARE}; to try without one, set what "
+            "`prefect-nanogpt sandbox` prints. No request was made.",
             code=INVALID_CREDENTIALS,
         )
     try:
@@ -225,11 +236,7 @@ async def find_credentials() -> NanoGPTCredentials:
             "The saved block nanogpt-credentials/default is not valid: save it anew.", code=INVALID_CREDENTIALS
         ) from None
     except ValueError:
-        raise CredentialsError(
-            "There is no NanoGPT API key: set NANOGPT_API_KEY in the environment of the process that runs the flow, or "
-            "save a NanoGPT Credentials block named 'default' in Prefect. To try without a key, start the stand-in "
-            "with `prefect-nanogpt sandbox`. No request was made."
-        ) from None
+        raise CredentialsError(NO_KEY) from None
     except httpx.HTTPError as error:
         raise CredentialsError(
             f"Whether Prefect has a block nanogpt-credentials/default cannot be told now: {error}",

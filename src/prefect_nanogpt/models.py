@@ -450,6 +450,10 @@ class SpeechModel(BaseModel):
         return self.usd_per_thousand_chars * len(text) / 1000 + (self.usd_per_generation or 0)
 
 
+HUMMED: Final = (
+    "The sandbox hummed, since it cannot speak here: install the extra `sandbox` of prefect-nanogpt to hear the words."
+)
+
 TTSStatus: TypeAlias = Pending | Completed | Rejected
 
 
@@ -485,6 +489,7 @@ class AudioFile(BaseModel):
         currency: The unit of `cost`, such as USD.
         polls: How many status calls it took.
         waited_seconds: How long the run waited for the job, in seconds.
+        is_hummed: Whether it is a tone, of a sandbox that is to speak and cannot.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -503,6 +508,7 @@ class AudioFile(BaseModel):
     currency: str | None = None
     polls: int = 0
     waited_seconds: float = 0.0
+    is_hummed: bool = False
 
     @field_validator("source_url")
     @classmethod

@@ -35,7 +35,7 @@ from prefect_nanogpt.errors import (
 )
 from prefect_nanogpt.events import resume_command, run_logger
 from prefect_nanogpt.job import Said
-from prefect_nanogpt.models import Pending, Ticket
+from prefect_nanogpt.models import HUMMED, Pending, Ticket
 from prefect_nanogpt.storage import Destination, Links
 from prefect_nanogpt.waveform import draw_steps, draw_waveform
 
@@ -234,6 +234,8 @@ class Report:
             if said.paid_by is not None and said.paid_by.name:
                 at = f" at {said.paid_at[:19].replace('T', ' ')} UTC" if said.paid_at else ""
                 note += f" It was saved by the run {escaped(said.paid_by.name)}{escaped(at)}."
+        if audio.is_hummed:
+            note += f" {HUMMED}"
         facts = [
             ("Audio", _code(audio.location)),
             ("Duration", f"{audio.duration_seconds:.2f} s" if audio.duration_seconds is not None else None),

@@ -7,8 +7,11 @@ from .api import RecordedRequest
 from .jobs import Entry, InsufficientBalance, Ledger
 from .script import Accept, Answer, Cut, Hang, Redirect, Slow, Stall
 from .server import Sandbox, serve
+from .speech import HUMS, TO_SPEAK
 
 __all__ = [
+    "HUMS",
+    "TO_SPEAK",
     "Accept",
     "Answer",
     "Cut",

@@ -402,6 +402,8 @@ class Api:
     async def _audio_of(self, job: Job) -> Answer:
         audio = await asyncio.wrap_future(self.studio.record(job.utterance))
         headers = {"content-type": audio.content_type, "x-sandbox-voice": audio.voice}
+        if self.studio.hums:
+            headers["x-sandbox-hums"] = "true"
         return Answer(body=audio.data, headers=headers)
 
     # Neighbours

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import logging
 import math
+import os
 import signal
 import socket
 import sys
@@ -21,14 +22,19 @@ from uvicorn.server import ServerState
 from .api import Api, Kind, RecordedRequest, is_loopback, logger
 from .jobs import DEFAULT_MODEL, MODELS, Ledger, new_job
 from .script import Reply, parse_directives
+from .speech import HUMS, TO_SPEAK
 
 _KEEP_ALIVE_SECONDS = 75
 _LAST_PORT = 65_535
+_KEY = "sandbox"
 _MOST_MONEY = 10**15  # cents of a cent are still exact beside it
 
 
 class Sandbox:
     """A local stand-in of NanoGPT's text-to-speech API, running between `with` and the end of its block.
+
+    Within the block `NANOGPT_API_KEY` and `NANOGPT_BASE_URL` of this process are those of the sandbox, whatever they
+    were: flows that are called there without credentials use it, and are charged nothing.
 
     Args:
         job_seconds: How long an asynchronous job takes; with 0 it is completed at its first status call.
@@ -98,9 +104,11 @@ class Sandbox:
             self._thread.start()
             self._started.result()
             opened.pop_all()
+        _environment.enter(self)
         return self
 
     def __exit__(self, *_: object) -> None:
+        _environment.leave(self)
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
         self._api.studio.close()
@@ -163,6 +171,11 @@ class Sandbox:
         return self._api.studio.record(self._api.jobs[run_id].utterance).result().data
 
     # Looking
+
+    @property
+    def hums(self) -> bool:
+        """Whether it was to speak and cannot, for want of the extra `sandbox`."""
+        return self._api.studio.hums
 
     @property
     def ledger(self) -> Ledger:
@@ -239,6 +252,38 @@ class Sandbox:
         await asyncio.gather(*state.tasks)
 
 
+class _Environment:
+    """What processes find in their environment while sandboxes run: the one that was entered last of those that do."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: list[Sandbox] = []
+        self._before: dict[str, str | None] = {}
+
+    def enter(self, sandbox: Sandbox) -> None:
+        with self._lock:
+            if not self._running:
+                self._before = {name: os.environ.get(name) for name in ("NANOGPT_API_KEY", "NANOGPT_BASE_URL")}
+            self._running.append(sandbox)
+            self._show()
+
+    def leave(self, sandbox: Sandbox) -> None:
+        with self._lock:
+            was_shown = self._running[-1] is sandbox
+            self._running.remove(sandbox)
+            if self._running and was_shown:
+                self._show()
+            elif not self._running:
+                for name, value in self._before.items():
+                    os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+    def _show(self) -> None:
+        os.environ.update(NANOGPT_API_KEY=_KEY, NANOGPT_BASE_URL=self._running[-1].base_url)
+
+
+_environment = _Environment()
+
+
 class _Protocol(H11Protocol):
     """uvicorn's HTTP, with the TCP connection within the application's reach."""
 
@@ -311,7 +356,11 @@ def serve(
         ):
             logger.info("This is a sandbox, a stand-in on this machine. It is not NanoGPT; no money is spent.")
             logger.info("API %s, audio host %s", sandbox.base_url, sandbox.audio_url)
-            logger.info("Use it: export NANOGPT_BASE_URL=%s NANOGPT_API_KEY=anything", sandbox.base_url)
+            logger.info("Use it in another terminal, with these two lines:")
+            # Without the time before them, to be copied.
+            print(f"export NANOGPT_BASE_URL={sandbox.base_url}\nexport NANOGPT_API_KEY={_KEY}", file=sys.stderr)
+            if sandbox.hums:
+                logger.warning("%s %s", HUMS, TO_SPEAK)
             logger.info("What it saw: %s/_sandbox/ledger and /_sandbox/requests", sandbox.root_url)
             while not stop.wait(1):  # in slices, so that Ctrl-C is noticed on Windows too
                 pass

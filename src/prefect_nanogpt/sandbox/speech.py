@@ -1,11 +1,12 @@
 """What the sandbox says: speech from espeak-ng, or a tone where the optional packages are not installed.
 
-`pip install "prefect-nanogpt[sandbox]"` brings `espeakng_loader` (the speech engine) and `lameenc` (MP3).
+The extra `sandbox` brings `espeakng_loader` (the speech engine) and `lameenc` (MP3).
 """
 
 import array
 import ctypes
 import functools
+import importlib.util
 import io
 import math
 import re
@@ -103,15 +104,28 @@ class Audio:
         return CONTENT_TYPES[self.format]
 
 
+HUMS: Final = "The sandbox cannot speak here: it hums a tone about as long as the text would take."
+TO_SPEAK: Final = "Install the extra `sandbox` of prefect-nanogpt to hear the words."
+
+
+def can_speak() -> bool:
+    """Whether what speaks is installed, and what makes MP3s of it."""
+    return _espeak() is not None and importlib.util.find_spec("lameenc") is not None
+
+
 class Studio:
     """Renders audio off the event loop, once for each distinct utterance, and keeps the newest.
 
     Args:
         speak: False for tones only, which cost next to nothing.
+
+    Attributes:
+        hums: Whether it is to speak and cannot.
     """
 
     def __init__(self, speak: bool = True) -> None:
         self._speak = speak
+        self.hums = speak and not can_speak()
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="nanogpt-sandbox-speech")
         self._cache: OrderedDict[Utterance, Future[Audio]] = OrderedDict()
         self._cached_characters = 0

@@ -160,7 +160,7 @@ def start_from_the_form(served: Served, page: Page, ui: str, text: str, photo: s
     deployment = page.get_by_text("text-to-speech").first
     expect(deployment).to_be_visible()
     row = page.get_by_role("row").filter(has_text="text-to-speech")
-    (row if row.count() else page.locator("body")).get_by_role("link", name="local").first.click()
+    (row if row.count() else page.locator("body")).get_by_role("link", name="text-to-speech", exact=True).last.click()
     page.get_by_role("button", name="Run", exact=True).click()
     page.get_by_text("Custom run").click()
     expect(page.get_by_text("What to say.")).to_be_visible()
@@ -219,7 +219,7 @@ def active_schedules(served: Served, deployment: str) -> list[str]:
 @pytest.mark.timeout(420)
 def test_a_schedule_added_in_the_ui_starts_runs(served: Served, page: Page) -> None:
     before = served.ended_runs("collect-open-tickets")
-    deployment = served.api("/deployments/name/collect-open-tickets/local")["id"]
+    deployment = served.api("/deployments/name/collect-open-tickets/collect-open-tickets")["id"]
     page.goto(f"{served.url}/v2/deployments/deployment/{deployment}")
     page.get_by_role("button", name="Schedule", exact=True).click()
     dialog = page.get_by_role("dialog")

@@ -1,4 +1,4 @@
-"""The command line: `prefect-nanogpt say`, `batch`, `wait`, `listen`, `serve` and `sandbox`.
+"""The command line: `prefect-nanogpt say`, `batch`, `wait`, `listen`, `serve`, `deploy` and `sandbox`.
 
 What is being done goes to standard error; standard output gets the location of the audio, or of the manifest of a
 batch, and nothing else.
@@ -37,7 +37,7 @@ import prefect_nanogpt.tasks
 from prefect_nanogpt import NanoGPTCredentials, __version__
 from prefect_nanogpt.client import INVALID_CREDENTIALS
 from prefect_nanogpt.credentials import find_credentials
-from prefect_nanogpt.deploying import serve
+from prefect_nanogpt.deploying import deploy, serve
 from prefect_nanogpt.errors import (
     AudioError,
     BatchPartial,
@@ -77,6 +77,7 @@ from prefect_nanogpt.shell import (
     PREFECT_FAILED,
     Port,
     UsageError,
+    Words,
     api_url,
     check_environment,
     console,
@@ -84,6 +85,7 @@ from prefect_nanogpt.shell import (
     prefect_failed,
     prefect_server,
     refuse_if_given,
+    say_if_it_hums,
     stop,
 )
 from prefect_nanogpt.storage import Destination, absolute
@@ -104,17 +106,11 @@ def _is_money(_: Any, usd: Decimal | None) -> None:
         raise ValueError(f"Must be an amount of money: {problems_in(error)[0]}.") from None
 
 
-def _is_not_empty(_: Any, words: str | None) -> None:
-    if words is not None and not words.strip():
-        raise ValueError("Must not be empty.")
-
-
 MOST: Final = 2**31 - 1
 MONEY: Final[TypeAdapter[Any]] = TypeAdapter(Money | None)
 Seconds = Annotated[float, Parameter(validator=[_is_finite, validators.Number(gt=0, lte=LONGEST_TIMEOUT_SECONDS)])]
 PositiveInt = Annotated[int, Parameter(validator=validators.Number(gte=1, lte=MOST))]
 Usd = Annotated[Decimal | None, Parameter(validator=_is_money)]
-Words = Annotated[str, Parameter(validator=_is_not_empty)]
 SEVERAL: Final = Parameter(negative=(), consume_multiple=False, show_default=False)
 BAD_USAGE: Final = 2
 LONGEST_USAGE: Final = 1_000
@@ -440,6 +436,7 @@ def _prefect() -> Iterator[None]:
 
 
 app.command(serve)
+app.command(deploy)
 
 
 def main() -> int:
@@ -476,6 +473,7 @@ def _run(flow_run: Callable[[NanoGPTCredentials], Awaitable[str]], save_to: str)
             except CredentialsError as error:
                 refuse_if_given(error)
                 sandbox = stack.enter_context(Sandbox())
+                say_if_it_hums(sandbox)
                 credentials = NanoGPTCredentials(api_key=SecretStr("sandbox"), base_url=sandbox.base_url)
                 console.print(NO_KEY)
             return await flow_run(credentials)

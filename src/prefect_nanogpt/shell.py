@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextvars
+import errno
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +18,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Final, TypeVar
@@ -27,9 +30,10 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from rich.console import Console
 
 from prefect_nanogpt.client import problem_with_base_url
-from prefect_nanogpt.credentials import find_credentials
+from prefect_nanogpt.credentials import WHERE_KEYS_ARE, find_credentials
 from prefect_nanogpt.errors import CredentialsError, NanoGPTError, without_login
 from prefect_nanogpt.ledger import Ledger
+from prefect_nanogpt.sandbox import HUMS, TO_SPEAK, Sandbox
 from prefect_nanogpt.storage import Destination
 from prefect_nanogpt_command import STOP_SIGNALS
 
@@ -39,13 +43,16 @@ __all__ = [
     "PREFECT_FAILED",
     "Port",
     "UsageError",
+    "Words",
     "api_url",
     "check_environment",
+    "check_port",
     "console",
     "free_port",
     "prefect_failed",
     "prefect_server",
     "refuse_if_given",
+    "say_if_it_hums",
     "stop",
 ]
 
@@ -53,13 +60,25 @@ R = TypeVar("R")
 Port = Annotated[int, Parameter(validator=validators.Number(gte=0, lte=65_535))]
 
 PREFECT_FAILED: Final = (httpx.HTTPError, RuntimeError, PrefectException)
-NO_KEY: Final = "No NANOGPT_API_KEY: a local sandbox stands in for NanoGPT, with play money."
+NO_KEY: Final = (
+    "No NANOGPT_API_KEY: a local sandbox stands in for NanoGPT, with play money. A key of your own is made at "
+    f"{WHERE_KEYS_ARE}."
+)
 JOB_FAILED: Final = 1
 LONGEST_REASON: Final = 300
+LONGEST_VERSION: Final = 60
 LAST_SECONDS: Final = 5.0
 SHOW_CURSOR: Final = b"\r\x1b[K\x1b[?25h"
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def _is_not_empty(_: Any, words: str | None) -> None:
+    if words is not None and not words.strip():
+        raise ValueError("Must not be empty.")
+
+
+Words = Annotated[str, Parameter(validator=_is_not_empty)]
 
 
 class UsageError(Exception):
@@ -74,11 +93,13 @@ class Stop:
 
     Attributes:
         number: The first signal that came.
+        at: When it came.
         last_words: Called before the process is left while a flow is running.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.at: datetime | None = None
         self.last_words: Callable[[], None] = lambda: None
         self._exit_code: int | None = None
         self._presses = 0
@@ -142,6 +163,7 @@ class Stop:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         self.number = self.number or number
+        self.at = self.at or datetime.now(UTC)
         self._presses += 1
         if self._is_starting:
             return  # whoever starts a server looks when it is known
@@ -220,6 +242,43 @@ def api_url() -> str | None:
     return url
 
 
+def check_port(port: int) -> None:
+    """Refuse a port that is taken, with a word on who has it.
+
+    Raises:
+        NanoGPTError: It cannot be listened at.
+    """
+    try:
+        with socket.socket() as probe:
+            if os.name != "nt":  # there it would take the port from whoever has it
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise NanoGPTError(f"port {port} cannot be used: {error.strerror}", code="NO_SERVER") from None
+        who, hint = _who_listens(f"http://127.0.0.1:{port}")
+        raise NanoGPTError(
+            f"port {port} is taken, by {who}. Nothing was started.\n{hint}To start a server at a free port: "
+            "prefect-nanogpt serve --port 0",
+            code="PORT_TAKEN",
+        ) from None
+
+
+def _who_listens(url: str) -> tuple[str, str]:
+    """Say what answers at an address, and how to use it if it is a Prefect server."""
+    try:
+        with httpx.stream("GET", f"{url}/api/admin/version", timeout=3, trust_env=False) as answer:
+            body = next(answer.iter_bytes(LONGEST_VERSION), b"")
+            server = answer.headers.get("server", "")
+    except httpx.HTTPError:
+        return "another program", ""
+    if answer.is_success and (version := re.fullmatch(rb'"(\d[\w.+-]*)"', body)):
+        use = f"To use it: PREFECT_API_URL={url}/api prefect-nanogpt serve\n"
+        return f"a Prefect server ({version[1].decode()})", use
+    name = "".join(character for character in server if character.isprintable())[:LONGEST_VERSION]
+    return f"an HTTP server ({name})" if name else "an HTTP server", ""
+
+
 def free_port() -> int:
     """Find a port that nobody listens at."""
     with socket.socket() as free:
@@ -268,3 +327,9 @@ def prefect_failed(error: BaseException) -> int:
     words = textwrap.shorten(words, LONGEST_REASON, placeholder="…")
     console.print(f"Prefect cannot be used: {words}", style="red", markup=False)
     return JOB_FAILED
+
+
+def say_if_it_hums(sandbox: Sandbox) -> None:
+    """Say that a sandbox cannot speak, where it cannot."""
+    if sandbox.hums:
+        console.print(f"{HUMS} {TO_SPEAK}", markup=False)

@@ -119,7 +119,9 @@ class Machine:
 
     @contextmanager
     def serving(self, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-        with self.process("prefect_nanogpt_command_of_tests", "serve", *arguments, **environment) as process:
+        with self.process(
+            "prefect_nanogpt_command_of_tests", "serve", "--listen-port", "0", *arguments, **environment
+        ) as process:
             wait_for(lambda: "Audio goes to" in self.log or process.poll() is not None)
             assert process.poll() is None, self.log
             yield process

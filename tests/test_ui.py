@@ -90,7 +90,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     port = free_port()
     with Sandbox(job_seconds=3.0) as sandbox:
         process = subprocess.Popen(
-            [str(Path(sys.executable).parent / "prefect-nanogpt"), "serve", "--port", str(port)],
+            [str(Path(sys.executable).parent / "prefect-nanogpt"), "serve", "--port", str(port), "--listen-port", "0"],
             cwd=home,
             env={
                 **os.environ,

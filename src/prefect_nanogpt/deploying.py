@@ -32,6 +32,9 @@ from prefect.types.entrypoint import EntrypointType
 from prefect_nanogpt.credentials import NanoGPTCredentials, find_credentials
 from prefect_nanogpt.errors import CredentialsError, NanoGPTError, without_login
 from prefect_nanogpt.flows import collect_open_tickets, text_to_speech, text_to_speech_batch, wait_for_tts
+from prefect_nanogpt.folders import LISTEN_URL
+from prefect_nanogpt.folders import PORT as LISTEN_PORT
+from prefect_nanogpt.listening import listening
 from prefect_nanogpt.sandbox import Sandbox
 from prefect_nanogpt.shell import (
     NO_KEY,
@@ -116,17 +119,21 @@ class _Found:
     others: dict[str, str] = field(default_factory=dict)  # and whose they are
 
 
-def serve(*, port: Port = 4200) -> int:
+def serve(*, port: Port = 4200, listen_port: Port = LISTEN_PORT) -> int:
     """Put all flows into the Prefect UI and run them here, without a worker, until Ctrl-C.
 
-    Starts a Prefect server unless PREFECT_API_URL names one, and without an API key also the sandbox. Audio that is
-    saved to a relative folder goes to the working directory.
+    Starts a Prefect server unless PREFECT_API_URL names one, the audio pages unless NANOGPT_LISTEN_URL does, and
+    without an API key also the sandbox. Audio that is saved to a relative folder goes to the working directory.
 
     Args:
         port: The port of the server, if one is started; 0 for a free one.
+        listen_port: The port of the audio pages, if they are started; 0 for a free one, with which links in reports
+            last only until this stops.
     """
     check_environment()
     with ExitStack() as stack:
+        if not os.environ.get(LISTEN_URL):
+            os.environ[LISTEN_URL] = stack.enter_context(listening(listen_port))
         given = api_url()
         if not given:
             port = port or free_port()
@@ -169,6 +176,7 @@ async def _serve(served: list[UUID], where: str) -> None:
         served.append(await runner.aadd_deployment(_runner_deployment(deployment, existing, paused=False)))
     console.print(f"The flows are {where}. Ctrl-C stops everything.", markup=False)
     console.print(f"Audio goes to {Path.cwd() / 'audio'}, unless `save_to` says otherwise.", markup=False)
+    console.print(f"It can be heard at {without_login(os.environ[LISTEN_URL])}", markup=False)
     if hasattr(signal, "pthread_sigmask"):
         # The runs' processes inherit it from this thread. Ctrl-C in a terminal would reach them too, and then what
         # stops them below would be a second signal, which lets nothing finish.

@@ -49,7 +49,7 @@ from prefect_nanogpt.folders import LISTEN_URL, PORT, by_id, registered
 from prefect_nanogpt.recordings import Folder, Recording, find_audio
 from prefect_nanogpt.waveform import draw_waveform
 
-__all__ = ["HOST", "listening"]
+__all__ = ["HOST", "listener_on", "listening"]
 
 HOST: Final = "127.0.0.1"
 SHOWN: Final = 50
@@ -132,7 +132,7 @@ def _bound(host: str, port: int) -> socket.socket:
         if error.errno != errno.EADDRINUSE:
             words = error.strerror or str(error)
             raise NanoGPTError(f"Nothing can be served at {host}:{port}: {words}", code="INVALID_REQUEST") from None
-        by = f" by {what}" if (what := _listener_on(port)) else ""
+        by = f" by {what}" if (what := listener_on(port)) else ""
         raise NanoGPTError(
             f"The port {port}, at which audio can be heard, is taken{by}. Stop that, or take another port and set "
             f"{LISTEN_URL} for the runs, so that their reports link to it.",
@@ -146,7 +146,7 @@ def _shown(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _listener_on(port: int) -> str | None:
+def listener_on(port: int) -> str | None:
     """Name the process that listens on a port, where the system tells: Linux, of one's own processes."""
     sockets = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):

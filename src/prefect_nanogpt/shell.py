@@ -33,6 +33,7 @@ from prefect_nanogpt.client import problem_with_base_url
 from prefect_nanogpt.credentials import WHERE_KEYS_ARE, find_credentials
 from prefect_nanogpt.errors import CredentialsError, NanoGPTError, without_login
 from prefect_nanogpt.ledger import Ledger
+from prefect_nanogpt.listening import listener_on
 from prefect_nanogpt.sandbox import HUMS, TO_SPEAK, Sandbox
 from prefect_nanogpt.storage import Destination
 from prefect_nanogpt_command import STOP_SIGNALS
@@ -257,8 +258,9 @@ def check_port(port: int) -> None:
         if error.errno != errno.EADDRINUSE:
             raise NanoGPTError(f"port {port} cannot be used: {error.strerror}", code="NO_SERVER") from None
         who, hint = _who_listens(f"http://127.0.0.1:{port}")
+        process = f" ({found})" if (found := listener_on(port)) else ""
         raise NanoGPTError(
-            f"port {port} is taken, by {who}. Nothing was started.\n{hint}To start a server at a free port: "
+            f"port {port} is taken, by {who}{process}. Nothing was started.\n{hint}To start a server at a free port: "
             "prefect-nanogpt serve --port 0",
             code="PORT_TAKEN",
         ) from None

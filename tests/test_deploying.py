@@ -281,7 +281,7 @@ def test_a_port_that_is_taken_is_said_with_who_has_it_and_nothing_is_changed(
     port = machine.url.rpartition(":")[2]
     taken = machine.command("serve", "--port", port, PREFECT_API_URL="", **key)
     assert taken.returncode == 1
-    assert f"port {port} is taken, by a Prefect server ({there})." in taken.stderr
+    assert f"port {port} is taken, by a Prefect server ({there})" in taken.stderr
     assert f"PREFECT_API_URL={machine.url}/api prefect-nanogpt serve" in taken.stderr
     assert "serve --port 0" in taken.stderr
     assert machine.names() == []

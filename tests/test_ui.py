@@ -25,7 +25,8 @@ from tests.conftest import API_KEY, free_port
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SCREENSHOTS = os.environ.get("SCREENSHOTS")
 FLAGS = """
-    no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync
+    no-sandbox disable-gpu mute-audio autoplay-policy=no-user-gesture-required disable-quic no-first-run
+    disable-background-networking disable-component-update disable-sync
 """.split()
 TEXT = "Good morning. Here is the news, read by nobody in particular."
 

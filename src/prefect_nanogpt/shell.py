@@ -258,7 +258,7 @@ def check_port(port: int) -> None:
         if error.errno != errno.EADDRINUSE:
             raise NanoGPTError(f"port {port} cannot be used: {error.strerror}", code="NO_SERVER") from None
         who, hint = _who_listens(f"http://127.0.0.1:{port}")
-        process = f" ({found})" if (found := listener_on(port)) else ""
+        process = f", {found}" if (found := listener_on(port)) else ""
         raise NanoGPTError(
             f"port {port} is taken, by {who}{process}. Nothing was started.\n{hint}To start a server at a free port: "
             "prefect-nanogpt serve --port 0",

@@ -7,6 +7,7 @@ import asyncio
 import inspect
 import threading
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from functools import wraps
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast, overload
 
@@ -30,19 +31,18 @@ __all__ = [
 
 P = ParamSpec("P")
 R = TypeVar("R")
-R_co = TypeVar("R_co", covariant=True)
 
 
-class _Blocking(Protocol[P, R_co]):
+class _Blocking(Protocol[P, R]):
     """What is called with the parameters of a flow or task, and waits for its result."""
 
     @overload
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
 
     @overload
     def __call__(  # type: ignore[valid-type]  # as Prefect has it for flows
         self, *args: P.args, return_state: Literal[True], **kwargs: P.kwargs
-    ) -> State[R_co]: ...
+    ) -> State[R]: ...
 
 
 def _blocking(name: str, step: Callable[P, Coroutine[Any, Any, R]]) -> _Blocking[P, R]:
@@ -55,8 +55,16 @@ def _blocking(name: str, step: Callable[P, Coroutine[Any, Any, R]]) -> _Blocking
         ended = threading.Event()
 
         async def run() -> R:
+            work = asyncio.ensure_future(step(*args, **kwargs))
             try:
-                return await step(*args, **kwargs)
+                return await asyncio.shield(work)
+            except asyncio.CancelledError:
+                work.cancel()
+                # One Ctrl-C cancels here over and over; to a submission in the air the next one would be a second.
+                while not work.done():
+                    with suppress(asyncio.CancelledError):
+                        await asyncio.wait([work])
+                raise
             finally:
                 ended.set()
 
@@ -70,7 +78,7 @@ def _blocking(name: str, step: Callable[P, Coroutine[Any, Any, R]]) -> _Blocking
     call.__module__, call.__name__, call.__qualname__ = __name__, name, name
     call.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     # Prefect follows it to tell what is async, and would await a task that is made of this.
-    del call.__wrapped__  # type: ignore[attr-defined]
+    del call.__wrapped__
     return cast(_Blocking[P, R], call)
 
 

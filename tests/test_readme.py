@@ -21,9 +21,10 @@ SNIPPETS = {
 }
 ELSEWHERE = {
     "make demo": "a clean clone",
-    'pip install ".[audio,long]"': "the wheel's test",
+    'pip install ".[sandbox,audio,long]"': "the wheel's test",
     "prefect worker start": "the deployment's test",
     "prefect-nanogpt serve": "the browser's test",
+    "prefect-nanogpt deploy": "the tests of deploying",
 }
 
 

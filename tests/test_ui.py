@@ -158,10 +158,8 @@ def start_from_the_form(served: Served, page: Page, ui: str, text: str, photo: s
     """Go to the deployments, open text-to-speech, fill in its custom run, and start it."""
     before = len(served.runs("text-to-speech"))
     page.goto(f"{ui}/deployments")
-    deployment = page.get_by_text("text-to-speech").first
-    expect(deployment).to_be_visible()
-    row = page.get_by_role("row").filter(has_text="text-to-speech")
-    (row if row.count() else page.locator("body")).get_by_role("link", name="text-to-speech", exact=True).last.click()
+    deployment = served.api("/deployments/name/text-to-speech/text-to-speech")["id"]
+    page.locator(f"a[href$='/deployments/deployment/{deployment}']").first.click()
     page.get_by_role("button", name="Run", exact=True).click()
     page.get_by_text("Custom run").click()
     expect(page.get_by_text("What to say.")).to_be_visible()

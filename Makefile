@@ -33,7 +33,7 @@ bench-quick: $(VENV)/.installed ## Measure a little in about a minute, and only 
 	$(BIN)/python -m benchmarks --quick
 
 screenshots: $(VENV)/.installed ## Photograph the Prefect UI for the documentation (needs Chromium)
-	SCREENSHOTS=docs/images $(BIN)/python -m pytest tests/test_ui.py
+	SCREENSHOTS=docs/images $(BIN)/python -m pytest tests/test_new_user.py
 
 reference: $(VENV)/.installed ## Make docs/reference.md from the docstrings
 	$(BIN)/python docs/make_reference.py

@@ -507,22 +507,20 @@ class _Batch:
         shown = sorted(rows, key=lambda row: row.is_completed)[:ROWS_SHOWN]
         destination = self._ledger.destination
         completed = sum(row.is_completed for row in rows)
-        title = f"{completed} of {len(self.lines)} lines have audio"
-        parts = [f"{title}, {_charged(rows)} charged."]
+        parts = [f"{completed} of {len(self.lines)} lines have audio, {_charged(rows)} charged."]
         if len(shown) < len(rows):
-            where = escaped(destination.location_of(FILE_NAME))
-            parts.append(f"The first {len(shown)} are shown; {where} has them all.")
+            parts.append(f"The first {len(shown)} are shown; {destination.location_of(FILE_NAME)} has them all.")
         if self._replaced:
             parts.append(f"{self._replaced} lines have {KEPT_BESIDE}")
         if completed < len(self.lines):
             parts.append(
-                f"To do what is missing, run the batch again with save_to={escaped(destination.shown)}: "
+                f"To do what is missing, run the batch again with save_to={destination.shown}: "
                 + self._what_is_paid_again(rows)
             )
         links = await links_to(destination, [row.file_name for row in shown if row.file_name])
         page = to_hear_and_keep(destination.links_to_all(), all_of_it=True) if completed else []
         table = [*TABLE_HEAD, *(_shown(row, links.get(row.file_name)) for row in shown)]
-        await self._table.show("\n\n".join([*page, " ".join(parts), "\n".join(table)]) + "\n", title)
+        await self._table.show("\n\n".join([*page, "\n".join(table)]) + "\n", " ".join(parts))
 
 
 def _unexpected(line: Line, error: Exception) -> NanoGPTError:

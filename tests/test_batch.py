@@ -158,7 +158,7 @@ async def test_one_task_run_a_line_named_by_its_end_and_the_failures_first_in_th
     assert ["CONTENT\\_POLICY\\_VIOLATION" in row for row in shown] == [True, False, False]
     assert ["[Listen](http" in row for row in shown] == [False, True, True]
     assert str(table.data).startswith("[Listen to all](http")
-    assert table.description == "2 of 3 lines have audio"
+    assert str(table.description).startswith("2 of 3 lines have audio, ")
 
 
 async def test_a_rerun_does_only_what_is_missing_or_has_changed(

@@ -495,6 +495,23 @@ class Destination:
         served = "" if os.environ.get(LISTEN_URL) else _HOW_IT_IS_SERVED
         return Links(page_url(self.root), page_url(self.root, "all.zip"), served)
 
+    @cached_property
+    def _signer_for_s3(self) -> Any:
+        """A file system like that of this place, which signs addresses as every bucket takes them.
+
+        AWS's library signs them in the old way by default, which newer buckets refuse. The present way has the region
+        in it, which is looked up, once: a signed address is not led on to the right one, as other requests are.
+        """
+        fs = self.fs
+        options = dict(fs.storage_options)
+        options["config_kwargs"] = {"signature_version": "s3v4", **(options.get("config_kwargs") or {})}
+        finder = type(fs)(*fs.storage_args, **{**options, "cache_regions": True})
+        finder.connect()
+        client = fsspec.asyn.sync(finder.loop, finder.get_s3, self.root.partition("/")[0])
+        region = {"region_name": client.meta.region_name}
+        client_options = {**region, **(options.get("client_kwargs") or {})}
+        return type(fs)(*fs.storage_args, **{**options, "cache_regions": False, "client_kwargs": client_options})
+
     def _signed(self, path: str, name: str) -> Links | None:
         """Give signed addresses; None where the driver has none, or no key to sign with."""
         attachment = f"attachment; filename*=utf-8''{quote(name, safe='')}"
@@ -502,7 +519,7 @@ class Destination:
         until = f"until {datetime.now(UTC) + LONGEST_SIGNATURE:%Y-%m-%d %H:%M} UTC"
         try:
             if "s3" in self._protocols:
-                fs, as_heard, as_kept = _signer_for_s3(self.fs), {}, {"ResponseContentDisposition": attachment}
+                fs, as_heard, as_kept = self._signer_for_s3, {}, {"ResponseContentDisposition": attachment}
             elif "gs" in self._protocols:
                 fs, as_heard = self.fs, {"version": "v4"}
                 as_kept = {**as_heard, "response_disposition": attachment}
@@ -922,17 +939,6 @@ class Destination:
     def _secrets(self) -> list[str]:
         place: _Place | None = vars(self).get("_place")  # without loading a block
         return place.secrets if place else secrets_in(self.save_to)
-
-
-def _signer_for_s3(fs: Any) -> Any:
-    """Give a file system like this one that signs addresses as every bucket takes them.
-
-    AWS's library signs them in the old way by default, which newer buckets refuse. The present way has the region in
-    it, which is looked up: a signed address is not led on to the right one, as other requests are.
-    """
-    options = dict(fs.storage_options)
-    config = {"signature_version": "s3v4", **(options.pop("config_kwargs", None) or {})}
-    return type(fs)(*fs.storage_args, **{"cache_regions": True, **options, "config_kwargs": config})
 
 
 def _audio_file(location: str, sound: Sound, size: int, sha256: str) -> AudioFile:

@@ -230,7 +230,7 @@ def test_serve_leaves_alone_what_another_serve_has_and_takes_over_from_one_that_
 ) -> None:
     with machine.serving(**key) as process:
         wait_for(lambda: machine.deployment("wait-for-tts")["status"] == "READY")
-        second = machine.command("serve", **key)
+        second = machine.command("serve", "--listen-port", "0", **key)
         assert second.returncode == 1
         assert second.stderr.count("served by another process") == len(NAMES)
         assert not machine.deployment("text-to-speech")["paused"]
@@ -279,7 +279,7 @@ def test_a_port_that_is_taken_is_said_with_who_has_it_and_nothing_is_changed(
 ) -> None:
     there = httpx.get(f"{machine.url}/api/admin/version").json()
     port = machine.url.rpartition(":")[2]
-    taken = machine.command("serve", "--port", port, PREFECT_API_URL="", **key)
+    taken = machine.command("serve", "--listen-port", "0", "--port", port, PREFECT_API_URL="", **key)
     assert taken.returncode == 1
     assert f"port {port} is taken, by a Prefect server ({there})" in taken.stderr
     assert f"PREFECT_API_URL={machine.url}/api prefect-nanogpt serve" in taken.stderr
@@ -292,11 +292,11 @@ def test_a_port_that_something_else_has_is_said_too(what: str, empty: Machine, k
     if what == "another program":
         other = socket.create_server(("127.0.0.1", 0))
         with closing(other):
-            taken = empty.command("serve", "--port", str(other.getsockname()[1]), **key)
+            taken = empty.command("serve", "--listen-port", "0", "--port", str(other.getsockname()[1]), **key)
     else:
         with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
-            taken = empty.command("serve", "--port", str(server.server_port), **key)
+            taken = empty.command("serve", "--listen-port", "0", "--port", str(server.server_port), **key)
             server.shutdown()
     assert taken.returncode == 1
     assert f"is taken, by {what}" in taken.stderr

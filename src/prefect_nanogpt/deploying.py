@@ -132,12 +132,13 @@ def serve(*, port: Port = 4200, listen_port: Port = LISTEN_PORT) -> int:
     """
     check_environment()
     with ExitStack() as stack:
-        if not os.environ.get(LISTEN_URL):
-            os.environ[LISTEN_URL] = stack.enter_context(listening(listen_port))
         given = api_url()
         if not given:
             port = port or free_port()
             check_port(port)
+        if not os.environ.get(LISTEN_URL):
+            os.environ[LISTEN_URL] = stack.enter_context(listening(listen_port))
+        if not given:
             console.print("Starting Prefect…")
             url = stack.enter_context(prefect_server(port))
             where = f"at {url}/deployments"

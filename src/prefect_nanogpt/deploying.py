@@ -108,6 +108,7 @@ OURS: Final = "prefect_nanogpt.flows."
 """How the entrypoints begin of what `serve` and `deploy` have made. Those of a checkout are files."""
 RENEWED: Final = {"name", "flow_name", "entrypoint", "version", "paused"}
 """What a deployment that is there already gets anew. All else of it may have been changed in the UI, and is kept."""
+PAUSING_SECONDS: Final = 20.0
 STOPPED: Final = "`prefect-nanogpt serve` was stopped while this run was under way."
 
 
@@ -190,6 +191,8 @@ async def _serve(served: list[UUID], where: str) -> None:
             console.print("Stopping. A run that is submitting has 25 seconds for its ticket; Ctrl-C again kills it.")
             # By itself the runner would kill the runs, and a submission in the air would be paid for and unknown.
             await runner.astop()
+            # What it began ends with the pausing of the deployments, one after another.
+            await asyncio.wait({running}, timeout=PAUSING_SECONDS)
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         raise

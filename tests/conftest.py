@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 # Prefect reads its settings when it is imported.
 os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="prefect-home-")
@@ -128,6 +128,15 @@ def wait_for_server(url: str, seconds: float = 90) -> None:
         except httpx.HTTPError:
             assert time.monotonic() < deadline, f"{url} does not answer"
             time.sleep(0.3)
+
+
+def wait_for(look: Callable[[], Any], seconds: float = 90) -> Any:
+    """Look again and again until there is something to see, in code without a loop."""
+    deadline = time.monotonic() + seconds
+    while not (seen := look()):
+        assert time.monotonic() < deadline, f"nothing to see after {seconds} s"
+        time.sleep(0.2)
+    return seen
 
 
 async def eventually(look: Callable[[], Awaitable[T | None]], seconds: float = 30) -> T:

@@ -94,6 +94,15 @@ class S3Server:
         self._server.shutdown()
         self._server.server_close()
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """What the driver needs to find the server and the user's key, with nothing in the environment."""
+        return {
+            "key": self.key["aws_access_key_id"],
+            "secret": self.key["aws_secret_access_key"],
+            "endpoint_url": self.url,
+        }
+
     def client(self, service: str, **key: str) -> Any:
         return boto3.client(service, endpoint_url=self.url, region_name="us-east-1", **(key or self.key))
 

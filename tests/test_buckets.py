@@ -247,12 +247,7 @@ async def test_a_ticket_that_a_bucket_cannot_take_goes_elsewhere(
 @pytest.fixture
 async def block(s3: S3Server) -> str:
     """A saved block that has the way to the bucket and the key, of which the environment has nothing."""
-    settings = {
-        "key": s3.key["aws_access_key_id"],
-        "secret": s3.key["aws_secret_access_key"],
-        "endpoint_url": s3.url,
-    }
-    saving = RemoteFileSystem(basepath=BUCKET, settings=settings).save("episodes", overwrite=True)
+    saving = RemoteFileSystem(basepath=BUCKET, settings=s3.settings).save("episodes", overwrite=True)
     await saving  # type: ignore[misc]
     return "remote-file-system/episodes"
 

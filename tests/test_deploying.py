@@ -7,8 +7,7 @@ import signal
 import socket
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import pytest
 import yaml
 
 from prefect_nanogpt.sandbox import Accept, Sandbox
-from tests.conftest import API_KEY, free_port, wait_for_server
+from tests.conftest import API_KEY, free_port, wait_for, wait_for_server
 from tests.test_installed import Installation, installed
 
 __all__ = ["installed"]
@@ -28,14 +27,6 @@ pytestmark = pytest.mark.xdist_group("installed")
 
 NAMES = ["collect-open-tickets", "text-to-speech", "text-to-speech-batch", "wait-for-tts"]
 PREFECT_YAML = Path(__file__).parent.parent / "prefect.yaml"
-
-
-def wait_for(look: Callable[[], Any], seconds: float = 90) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (seen := look()):
-        assert time.monotonic() < deadline, f"nothing to see after {seconds} s"
-        time.sleep(0.2)
-    return seen
 
 
 @dataclass

@@ -286,12 +286,7 @@ def test_a_driver_that_signs_nothing_has_no_link() -> None:
 
 
 async def test_a_saved_block_signs_with_the_key_that_it_has(s3: S3Server) -> None:
-    settings = {
-        "key": s3.key["aws_access_key_id"],
-        "secret": s3.key["aws_secret_access_key"],
-        "endpoint_url": s3.url,
-    }
-    saving = RemoteFileSystem(basepath=BUCKET, settings=settings).save("signing", overwrite=True)
+    saving = RemoteFileSystem(basepath=BUCKET, settings=s3.settings).save("signing", overwrite=True)
     await saving  # type: ignore[misc]
     place = Destination("remote-file-system/signing")
 

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.conftest import free_port
+from tests.conftest import free_port, wait_for
 from tests.s3_server import NOBODY, S3Server
 from tests.test_installed import Installation, installed, without_python
-from tests.test_ui import CHROMIUM, SCREENSHOTS, Served, browser, page, photograph, start_from_the_form, ui, wait_for
+from tests.test_ui import CHROMIUM, SCREENSHOTS, Served, browser, page, photograph, start_from_the_form, ui
 
 __all__ = ["browser", "installed", "page", "ui"]
 
@@ -97,9 +97,7 @@ def started(served: Served, flow: str, **parameters: Any) -> dict[str, Any]:
 
 
 def open_report(served: Served, page: Page, ui: str, run: dict[str, Any], key: str = "tts-audio") -> None:
-    wanted = {"flow_runs": {"id": {"any_": [run["id"]]}}, "artifacts": {"key": {"any_": [key]}}}
-    [report] = served.api("/artifacts/filter", wanted)
-    page.goto(f"{ui}/artifacts/artifact/{report['id']}")
+    page.goto(f"{ui}/artifacts/artifact/{served.report_of(run, key)['id']}")
 
 
 def follow(page: Page, name: str) -> Page:
@@ -173,8 +171,6 @@ def test_what_is_in_a_bucket_is_heard_through_a_signed_link(
     served: Served, ui: str, page: Page, s3_of_a_friend: S3Server, tmp_path: Path
 ) -> None:
     # A block, as those have one who can change no environment.
-    options = {"endpoint_url": s3_of_a_friend.url, "key": s3_of_a_friend.key["aws_access_key_id"]}
-    options["secret"] = s3_of_a_friend.key["aws_secret_access_key"]
     saved = (
         "import json, os\nfrom prefect.filesystems import RemoteFileSystem\n"
         "RemoteFileSystem(basepath='s3://speech/news', settings=json.loads(os.environ['OPTIONS']))"
@@ -182,7 +178,7 @@ def test_what_is_in_a_bucket_is_heard_through_a_signed_link(
     )
     subprocess.run(
         [sys.executable, "-c", saved],
-        env={**os.environ, "PREFECT_API_URL": f"{served.url}/api", "OPTIONS": json.dumps(options)},
+        env={**os.environ, "PREFECT_API_URL": f"{served.url}/api", "OPTIONS": json.dumps(s3_of_a_friend.settings)},
         check=True,
         timeout=60,
     )

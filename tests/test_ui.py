@@ -5,8 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from playwright.sync_api import TimeoutError as PlaywrightTimeoutError
 
 from prefect_nanogpt.sandbox import Sandbox
-from tests.conftest import API_KEY, free_port
+from tests.conftest import API_KEY, free_port, wait_for
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SCREENSHOTS = os.environ.get("SCREENSHOTS")
@@ -63,23 +62,15 @@ class Served:
             states = [(run["expected_start_time"], run["state_name"]) for run in self.runs(flow)]
             raise AssertionError(f"{nothing}; the runs of {flow}: {sorted(states)[:10]}") from None
 
-    def report_of(self, run: dict[str, Any]) -> dict[str, Any]:
+    def report_of(self, run: dict[str, Any], key: str = "tts-audio") -> dict[str, Any]:
         found = self.api(
             "/artifacts/filter",
             {
                 "flow_runs": {"id": {"any_": [run["id"]]}},
-                "artifacts": {"key": {"any_": ["tts-audio"]}},
+                "artifacts": {"key": {"any_": [key]}},
             },
         )
         return dict(found[0])
-
-
-def wait_for(look: Callable[[], Any], seconds: float) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (seen := look()):
-        assert time.monotonic() < deadline, f"nothing to see after {seconds} s"
-        time.sleep(0.2)
-    return seen
 
 
 @pytest.fixture(scope="module")

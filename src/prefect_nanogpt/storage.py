@@ -75,9 +75,6 @@ _UNUSABLE_HEADER: Final = frozenset({"InvalidArgument", "InvalidRequest", "BadRe
 _CHECKSUM_WORDS: Final = re.compile("checksum|aws-chunked|content-sha256|trailer", re.IGNORECASE)
 _SIGNATURE: Final = re.compile(r"[?&](X-Amz-Signature|X-Goog-Signature|Signature|sig)=")
 _TEMPORARY_KEY: Final = re.compile(r"[?&]x-amz-security-token=", re.IGNORECASE)
-_HOW_IT_IS_SERVED: Final = (
-    f"served by `prefect-nanogpt listen`, or `serve`, on the machine {socket.gethostname()}, to browsers on it"
-)
 # What trying again does not mend.
 _FINAL: Final = (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, ftplib.error_perm)
 _BLOCK_BYTES: Final = 1024**2
@@ -158,6 +155,13 @@ def is_temporary(folder: Path) -> bool:
     """Whether a folder is in the system's temporary folder."""
     temporary = Path(tempfile.gettempdir()).resolve()
     return temporary in (folder.resolve(), *folder.resolve().parents)
+
+
+def _how_it_is_served() -> str:
+    """Say what has to run for the audio pages to be there; nothing where somebody has said where they are."""
+    if os.environ.get(LISTEN_URL):
+        return ""
+    return f"served by `prefect-nanogpt listen`, or `serve`, on the machine {socket.gethostname()}, to browsers on it"
 
 
 class Links(NamedTuple):
@@ -484,16 +488,16 @@ class Destination:
             fields = {"path": quote(rest), "bucket": quote(bucket, safe=""), "name": quote(name, safe="")}
             return Links(re.sub(r"\{(\w+)\}", lambda field: fields[field[1]], template))
         if self.is_local:
-            served = "" if os.environ.get(LISTEN_URL) else _HOW_IT_IS_SERVED
-            return Links(page_url(self.root, "page", name), f"{page_url(self.root, name)}?download", served)
+            return Links(
+                page_url(self.root, "page", name), f"{page_url(self.root, name)}?download", _how_it_is_served()
+            )
         return self._signed(path, name)
 
     def links_to_all(self) -> Links | None:
         """Give the addresses of the page of a local folder and of all that it has; None elsewhere."""
         if not self.is_local or self.public_url or os.environ.get(PUBLIC_URL):
             return None
-        served = "" if os.environ.get(LISTEN_URL) else _HOW_IT_IS_SERVED
-        return Links(page_url(self.root), page_url(self.root, "all.zip"), served)
+        return Links(page_url(self.root), page_url(self.root, "all.zip"), _how_it_is_served())
 
     @cached_property
     def _signer_for_s3(self) -> Any:

@@ -12,6 +12,7 @@ import anyio
 import httpx
 from prefect import flow
 from prefect.runtime import flow_run as this_flow_run
+from prefect.states import Completed
 from pydantic import Field
 
 from prefect_nanogpt.budget import COST_LIMIT_EXCEEDED, Budget
@@ -124,6 +125,7 @@ async def text_to_speech_batch(
     max_cost: CostLimit = None,
     take: Take = 1,
     resubmit: Resubmitted = (),
+    allow_partial: Annotated[bool, titled("Allow lines without audio")] = False,
     artifact_key: ArtifactKey = "tts-batch",
     shards: Annotated[int, titled("Shards"), Field(ge=1, le=100)] = 1,
     shard_deployment: Annotated[str | None, titled("Deployment of the shards")] = None,
@@ -144,7 +146,7 @@ async def text_to_speech_batch(
         options: Options of the lines that do not set them; `TTSRequest` lists the documented ones.
         save_to: A folder, an fsspec URL such as `s3://bucket/speech`, or a block as `remote-file-system/NAME`. The
             manifest is `manifest.jsonl` there.
-        credentials: The credentials; None for the environment, or else the saved block `default`.
+        credentials: The credentials, or the name of their block; None for the environment, or else the block `default`.
         timeout_seconds: How long to wait for each job, in seconds.
         poll: The pauses between two status calls about a job.
         max_in_flight: How many lines to be at work on at once.
@@ -155,6 +157,7 @@ async def text_to_speech_batch(
             the same.
         take: Which rendition of the lines that do not say which: another number is another job, and is paid for.
         resubmit: Which jobs to submit anew although they may have been charged for: `uncertain`, `lost`, `refused`.
+        allow_partial: Whether a run some of whose lines have no audio is completed all the same, and returns its rows.
         artifact_key: The key of the table of lines; lower-case letters, digits and dashes.
         shards: In how many runs of the deployment to do it, on as many workers as there are. Each has its share of
             `max_in_flight`, `requests_per_second` and `max_cost`.
@@ -166,7 +169,8 @@ async def text_to_speech_batch(
         What became of each line, in the order of the lines.
 
     Raises:
-        BatchPartial: Some lines have no audio; the state is named `TTS_BATCH_PARTIAL`, and `rows` tells of each line.
+        BatchPartial: Some lines have no audio, and `allow_partial` is not set; the state is named `TTS_BATCH_PARTIAL`,
+            and `rows` tells of each line.
         NanoGPTError: The lines are not in order (code `INVALID_LINES`, with all the problems) or cannot be read.
         ProviderError: `max_cost` does not allow it.
         StorageError: `save_to` cannot be used.
@@ -212,6 +216,9 @@ async def text_to_speech_batch(
         if all(row.is_completed for row in rows):
             return rows
         error = batch.refusal or batch.partial(rows)
+        if allow_partial and batch.refusal is None:
+            run_logger().warning(error.message)
+            return cast(list[ManifestRow], Completed(data=rows, message=error.message))
         return cast(list[ManifestRow], await failed(error, final=not batch.may_go_better))
     except BatchPartial:
         raise
@@ -227,7 +234,11 @@ def _options(given: dict[str, Any] | None) -> dict[str, Any]:
 
 
 async def _run_in_shards(
-    batch: "_Batch", budget: Budget | None, shards: int, deployment: str | None, credentials: NanoGPTCredentials | None
+    batch: "_Batch",
+    budget: Budget | None,
+    shards: int,
+    deployment: str | None,
+    credentials: NanoGPTCredentials | str | None,
 ) -> None:
     """Have the lines said by runs of the deployment, then look in the ledger what became of them."""
     numbers = shards_of(batch.lines, shards)

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeAlias, cast, get_args
 
@@ -29,7 +30,7 @@ from prefect_nanogpt.errors import (
 )
 from prefect_nanogpt.events import RunReference, run_logger
 from prefect_nanogpt.flows.ending import PLAIN_JSON, failed, keep_result
-from prefect_nanogpt.flows.forms import ArtifactKey, Credentials, keeps_no_key, titled
+from prefect_nanogpt.flows.forms import ArtifactKey, Credentials, SaveTo, keeps_no_key, titled
 from prefect_nanogpt.job import Said, Terms, settle
 from prefect_nanogpt.ledger import Entry, Job, Ledger, run_in
 from prefect_nanogpt.models import AudioContent, AudioFile, Completed, Submission, Ticket
@@ -93,7 +94,7 @@ class CollectedTicket(BaseModel):
 )
 async def collect_open_tickets(
     credentials: Credentials = None,
-    folders: Annotated[Sequence[str], titled("Folders")] = (),
+    folders: Annotated[Sequence[SaveTo], titled("Folders")] = (),
     lookback_days: Annotated[float, titled("Look back, in days", gt=0, le=36_500, allow_inf_nan=False)] = 7.0,
     artifact_key: ArtifactKey = "tts-open-tickets",
 ) -> list[CollectedTicket]:
@@ -107,7 +108,7 @@ async def collect_open_tickets(
     within the look-back are asked for again. Nothing is submitted.
 
     Args:
-        credentials: The credentials; None for the environment, or else the saved block `default`.
+        credentials: The credentials, or the name of their block; None for the environment, or else the block `default`.
         folders: Folders, URLs or blocks to look in besides those that runs have used, as their `save_to` named them.
             With them goes the ledger of `NANOGPT_LEDGER` or the credentials block, where that is set.
         lookback_days: How long ago a run may have started whose ledger is looked at, or a job may have been noted as
@@ -118,6 +119,7 @@ async def collect_open_tickets(
         What became of each open job, and what could not be looked at.
 
     Raises:
+        NanoGPTError: One of the folders is the name of an audio file (code `INVALID_REQUEST`).
         CredentialsError: There is no usable API key.
         ProviderError: The API key was refused. The table says what was settled before.
 
@@ -132,12 +134,17 @@ async def collect_open_tickets(
     since = datetime.now(UTC) - timedelta(days=lookback_days)
     refusals: list[NanoGPTError] = []
     try:
+        for folder in folders:
+            with suppress(StorageError):  # what is not there is told of in the table
+                await asyncio.to_thread(Destination, folder)
         async with nanogpt_client(credentials) as client:
             client.requests_per_second = REQUESTS_PER_SECOND
             elsewhere = Ledger.elsewhere((await places_of(credentials)).ledger)
             places = await _places(folders, elsewhere, since)
             # Labels and notes leave the logins of URLs out.
-            given = {without_login(place): place for place in map(absolute, filter(None, [*folders, elsewhere]))}
+            given = {
+                without_login(place): place for place in [absolute(place) for place in (*folders, elsewhere) if place]
+            }
             found, rows = await _look_through(places, given, client.base_url, since)
             run_logger().info("%d open jobs in %d ledgers.", len(found), len(places))
             gate = asyncio.Semaphore(JOBS_AT_ONCE)
@@ -162,7 +169,7 @@ async def collect_open_tickets(
     return rows
 
 
-async def _places(folders: Sequence[str], elsewhere: str | None, since: datetime) -> list[LedgerLabel]:
+async def _places(folders: Sequence[str | PathLike[str]], elsewhere: str | None, since: datetime) -> list[LedgerLabel]:
     """Find where ledgers are: those of the named folders, also where all ledgers are elsewhere, and those of runs."""
     named = [*folders, *([elsewhere] if folders and elsewhere else [])]
     places = {LedgerLabel(place=without_login(absolute(folder))): None for folder in named}

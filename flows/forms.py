@@ -16,7 +16,7 @@ from prefect.exceptions import ParameterTypeError
 from prefect.runtime import flow_run as this_flow_run
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from prefect_nanogpt.credentials import KEY_IN_CLEAR, NanoGPTCredentials, has_key_in_clear
+from prefect_nanogpt.credentials import KEY_IN_CLEAR, MASK, NanoGPTCredentials, has_key_in_clear
 from prefect_nanogpt.lines import usable
 from prefect_nanogpt.models import LARGEST_TAKE, Money, PollSchedule
 
@@ -26,6 +26,7 @@ __all__ = [
     "Credentials",
     "DocumentedFormat",
     "DocumentedModel",
+    "FileName",
     "Lines",
     "Resubmitted",
     "SaveTo",
@@ -38,7 +39,6 @@ __all__ = [
 
 P = ParamSpec("P")
 R = TypeVar("R")
-MASK = "********"
 
 
 def titled(title: str, **constraints: Any) -> Any:
@@ -79,7 +79,8 @@ SaveTo = Annotated[
     BeforeValidator(lambda place: os.fspath(place) if isinstance(place, os.PathLike) else place),
     WithJsonSchema({"type": "string", "title": "Save to"}),
 ]
-Credentials = Annotated[NanoGPTCredentials | None, titled("Credentials")]
+FileName = Annotated[str | None, titled("File name", min_length=1, max_length=100)]
+Credentials = Annotated[NanoGPTCredentials | str | None, titled("Credentials")]
 TimeoutSeconds = Annotated[float, titled("Timeout, in seconds", gt=0, le=LONGEST_TIMEOUT_SECONDS, allow_inf_nan=False)]
 Schedule = Annotated[PollSchedule, titled("Poll schedule")]
 CostLimit = Annotated[Money | None, titled("Cost limit, in USD")]
@@ -110,7 +111,11 @@ class _KeyIsNoParameter(Flow[P, R]):
             with suppress(Exception):
                 _mask_what_is_stored(parameters)
             raise ParameterTypeError(f"Flow run received invalid parameters:\n - credentials: {KEY_IN_CLEAR}")
-        return super().validate_parameters(parameters)
+        given = parameters.get("credentials")
+        if not isinstance(given, str):
+            return super().validate_parameters(parameters)
+        # Prefect logs all parameters where one is wrong, and what should be a name may be a key.
+        return super().validate_parameters({**parameters, "credentials": None}) | {"credentials": given}
 
 
 def _mask_what_is_stored(parameters: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, cast
 
 from prefect import flow
 from prefect.runtime import flow_run as this_flow_run
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from prefect_nanogpt.client import NanoGPTClient
 from prefect_nanogpt.credentials import nanogpt_client
@@ -18,6 +18,7 @@ from prefect_nanogpt.flows.forms import (
     Credentials,
     DocumentedFormat,
     DocumentedModel,
+    FileName,
     Resubmitted,
     SaveTo,
     Schedule,
@@ -81,7 +82,7 @@ async def text_to_speech(
     take: Take = 1,
     resubmit: Resubmitted = (),
     max_chars: Annotated[int | None, titled("Longest part, in characters", ge=LEAST_PART)] = None,
-    name: Annotated[str | None, titled("File name"), Field(min_length=1, max_length=100)] = None,
+    name: FileName = None,
     artifact_key: ArtifactKey = "tts-audio",
 ) -> AudioFile:
     """Say a text: submit it, wait for the job, save the audio.
@@ -98,7 +99,7 @@ async def text_to_speech(
         response_format: The container, for the models that offer a choice (OpenAI's); raw PCM is refused.
         options: Further options of the model, passed on as they are; `TTSRequest` lists the documented ones.
         save_to: A folder, an fsspec URL such as `s3://bucket/speech`, or a block as `remote-file-system/NAME`.
-        credentials: The credentials; None for the environment, or else the saved block `default`.
+        credentials: The credentials, or the name of their block; None for the environment, or else the block `default`.
         timeout_seconds: How long to wait for the job in all, in seconds.
         poll: The pauses between two status calls.
         max_cost: The most that the text may cost, failed tries included, in USD. Nothing is submitted where the

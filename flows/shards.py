@@ -38,14 +38,14 @@ MORE_TRIES: Final = 2
 LAST_WORD_SECONDS: Final = 5.0
 
 
-def credentials_for_workers(credentials: NanoGPTCredentials | None) -> dict[str, Any] | None:
-    """Give credentials as a parameter that has no key in it: the reference of a saved block.
+def credentials_for_workers(credentials: NanoGPTCredentials | str | None) -> dict[str, Any] | str | None:
+    """Give credentials as a parameter that has no key in it: the name or the reference of a saved block.
 
     Raises:
         NanoGPTError: The block is not saved, so no worker could load it (code `CREDENTIALS_NOT_SAVED`).
     """
-    if credentials is None:
-        return None
+    if credentials is None or isinstance(credentials, str):
+        return credentials
     if credentials._block_document_id is None:
         raise NanoGPTError(
             "The shards run elsewhere and can only load a saved block: save the credentials, or leave them out so that "
@@ -56,7 +56,7 @@ def credentials_for_workers(credentials: NanoGPTCredentials | None) -> dict[str,
 
 
 def parameters_of_shards(
-    limits: Mapping[int, Decimal | None], shards: int, credentials: NanoGPTCredentials | None
+    limits: Mapping[int, Decimal | None], shards: int, credentials: NanoGPTCredentials | str | None
 ) -> dict[int, dict[str, Any]]:
     """Give the parameters of each shard's run: those of this run, with its share of what is limited.
 

@@ -1,5 +1,6 @@
 """From a ticket to verified audio."""
 
+from dataclasses import replace
 from typing import Annotated, cast
 
 from prefect import flow
@@ -8,7 +9,16 @@ from prefect_nanogpt.credentials import nanogpt_client
 from prefect_nanogpt.errors import NanoGPTError
 from prefect_nanogpt.events import run_logger
 from prefect_nanogpt.flows.ending import PLAIN_JSON, failed, keep_result, reporting_interruption
-from prefect_nanogpt.flows.forms import ArtifactKey, Credentials, SaveTo, Schedule, TimeoutSeconds, keeps_no_key, titled
+from prefect_nanogpt.flows.forms import (
+    ArtifactKey,
+    Credentials,
+    FileName,
+    SaveTo,
+    Schedule,
+    TimeoutSeconds,
+    keeps_no_key,
+    titled,
+)
 from prefect_nanogpt.job import Said, Terms, find, say
 from prefect_nanogpt.ledger import Job
 from prefect_nanogpt.models import AudioFile, PollSchedule, Ticket
@@ -34,6 +44,7 @@ async def wait_for_tts(
     credentials: Credentials = None,
     timeout_seconds: TimeoutSeconds = 600.0,
     poll: Schedule = PollSchedule(),  # noqa: B008 - immutable
+    name: FileName = None,
     artifact_key: ArtifactKey = "tts-audio",
 ) -> AudioFile:
     """Wait for a job until its audio is saved and verified.
@@ -44,9 +55,10 @@ async def wait_for_tts(
     Args:
         ticket: The provider's answer to the submission, as it is.
         save_to: A folder, an fsspec URL such as `s3://bucket/speech`, or a block as `remote-file-system/NAME`.
-        credentials: The credentials; None for the environment, or else the saved block `default`.
+        credentials: The credentials, or the name of their block; None for the environment, or else the block `default`.
         timeout_seconds: How long to wait for the job in all, in seconds.
         poll: The pauses between two status calls.
+        name: What to call the file, without extension; None for the provider's run id.
         artifact_key: The key of the report; lower-case letters, digits and dashes.
 
     Returns:
@@ -81,6 +93,7 @@ async def wait_for_tts(
         async with reporting_interruption(report, save_to):
             ledger, provider = await open_ledger(save_to, credentials)
             job = await ledger.run(ledger.open_job_of, provider, ticket) or Job(provider, ticket=ticket)
+            job = replace(job, name=name or job.name)
             terms = Terms(ledger, timeout_seconds, poll)
             said = await find(job, terms, await ledger.run(ledger.entry, job.id))
             if said is None:

@@ -36,7 +36,7 @@ async def save_audio(
     audio: Completed | AudioContent,
     name: str,
     save_to: str | PathLike[str] = "audio",
-    credentials: NanoGPTCredentials | None = None,
+    credentials: NanoGPTCredentials | str | None = None,
 ) -> AudioFile:
     """Save the audio of a finished job: streamed, verified, and in its place only when whole.
 
@@ -48,7 +48,7 @@ async def save_audio(
         audio: The finished job, as `get_tts_status` or `submit_tts` returned it.
         name: What to call the file, without extension; use the run id. Made safe for a file name.
         save_to: A folder, an fsspec URL such as `s3://bucket/speech`, or a block as `remote-file-system/NAME`.
-        credentials: The credentials, which decide only whether plain http is acceptable.
+        credentials: The credentials, or the name of their block, which decide only whether plain http is acceptable.
 
     Returns:
         Where the audio is, with its container, size, digest and, with the extra `audio`, duration and outline.

@@ -39,7 +39,7 @@ class LedgerLabel(BaseModel):
 _told: set[tuple[str | None, str]] = set()
 
 
-async def open_ledger(save_to: str | PathLike[str], credentials: NanoGPTCredentials | None) -> tuple[Ledger, str]:
+async def open_ledger(save_to: str | PathLike[str], credentials: NanoGPTCredentials | str | None) -> tuple[Ledger, str]:
     """Open the ledger of a folder that can be used, and give with it the base URL of the API that would be asked.
 
     Raises:

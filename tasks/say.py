@@ -134,7 +134,7 @@ class TaskSteps:
     def __init__(
         self,
         terms: Terms,
-        credentials: NanoGPTCredentials | None,
+        credentials: NanoGPTCredentials | str | None,
         report: Report,
         max_cost: Decimal | None = None,
     ) -> None:

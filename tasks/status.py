@@ -32,7 +32,7 @@ RETRY_DELAYS_SECONDS: Final[list[float]] = [1, 2, 4, 8, 15, 30, 30, 30]
 )
 async def get_tts_status(
     ticket: Ticket,
-    credentials: NanoGPTCredentials | None = None,
+    credentials: NanoGPTCredentials | str | None = None,
     max_retry_after_seconds: float = LONGEST_RETRY_AFTER_SECONDS,
 ) -> TTSStatus:
     """Poll a job: exactly one `GET /tts/status`, which costs nothing, with Prefect's retries around it.
@@ -42,7 +42,7 @@ async def get_tts_status(
 
     Args:
         ticket: The job.
-        credentials: The credentials; None for the environment, or else the saved block `default`.
+        credentials: The credentials, or the name of their block; None for the environment, or else the block `default`.
         max_retry_after_seconds: The longest `Retry-After` to wait for, in seconds; with a longer one the task fails at
             once. Never more than 60.
 

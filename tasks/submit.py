@@ -40,7 +40,7 @@ _LIMIT: Final[TypeAdapter[Any]] = TypeAdapter(Money | None)
 async def submit_tts(
     request: TTSRequest,
     save_to: str | PathLike[str] = "audio",
-    credentials: NanoGPTCredentials | None = None,
+    credentials: NanoGPTCredentials | str | None = None,
     *,
     take: int = 1,
     resubmit: Collection[Resubmit] = (),
@@ -56,7 +56,7 @@ async def submit_tts(
     Args:
         request: What to say, and how.
         save_to: The folder, URL or block that the audio is going to be saved to.
-        credentials: The credentials; None for the environment, or else the saved block `default`.
+        credentials: The credentials, or the name of their block; None for the environment, or else the block `default`.
         take: Which rendition of the text; another number is another job.
         resubmit: Which jobs to submit anew although they may have been charged for: `uncertain` (it is not known
             whether an earlier submission was accepted), `lost` (the provider no longer knows the job) and `refused`

@@ -24,10 +24,10 @@ from prefect_nanogpt.flows import collect_open_tickets, text_to_speech, text_to_
 from prefect_nanogpt.flows.batch import _Batch
 from prefect_nanogpt.ledger import Ledger
 from prefect_nanogpt.lines import ManifestRow
-from prefect_nanogpt.models import PollSchedule, Ticket, TTSRequest
+from prefect_nanogpt.models import Completed, PollSchedule, Ticket, TTSRequest
 from prefect_nanogpt.sandbox import Sandbox
 from prefect_nanogpt.storage import Destination
-from prefect_nanogpt.tasks import get_tts_status, submit_tts
+from prefect_nanogpt.tasks import get_tts_status, save_audio, submit_tts
 from prefect_nanogpt.tasks.ledgers import open_ledger
 from tests.conftest import API_KEY
 
@@ -374,6 +374,103 @@ async def test_a_block_is_stored_without_its_key_and_works(
 
     assert state.is_completed()
     assert API_KEY not in (await run_of(state)).model_dump_json()
+
+
+# A block by its name
+
+
+@pytest.fixture
+async def studio(credentials: NanoGPTCredentials) -> str:
+    """Save the credentials as a block, and give its name."""
+    await credentials.save("studio-2", overwrite=True)
+    return "studio-2"
+
+
+@pytest.mark.parametrize("prefix", ["", "nanogpt-credentials/"], ids=["by name", "with its type"])
+async def test_a_block_is_found_by_its_name_in_flows_and_tasks(
+    prefix: str, studio: str, save_to: str, sandbox: Sandbox, quick: PollSchedule
+) -> None:
+    name = prefix + studio
+
+    audio = await text_to_speech("Hello.", save_to=save_to, credentials=name, poll=quick)
+    rows = await text_to_speech_batch(LINES[:1], save_to=Path(save_to), credentials=name, poll=quick)
+    collected = await collect_open_tickets(credentials=name, folders=[Path(save_to)])
+    ticket = Ticket.model_validate(sandbox.add_job("By name."))
+    waited = await wait_for_tts(ticket, Path(save_to), credentials=name, poll=quick, name="named")
+    status = await get_tts_status(ticket, name)
+
+    assert (audio.ticket is not None, rows[0].is_completed, collected) == (True, True, [])
+    assert waited.location == str(Path(save_to, "named.mp3"))
+    assert isinstance(status, Completed)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "sk-nano-1",
+        "2f1b3c4d-5e6f-4a7b-8c9d-0e1f2a3b4c5d",
+        "f81d4fae-7dec-11d0-a765-00a0c91e6bf6",
+        "a1b2c3d4e5f6",
+        "abcdefghijklmnopqrstuvwxyz",
+        "Studio",
+        "nanogpt-credentials/Sk_1",
+    ],
+)
+async def test_what_may_be_a_key_is_taken_for_one(key: str, sandbox: Sandbox, save_to: str) -> None:
+    state = await text_to_speech("Hello.", save_to=save_to, credentials=key, return_state=True)
+
+    assert "API key in clear" in str(state.message)
+    assert key not in (await run_of(state)).model_dump_json()
+
+
+async def test_a_name_of_no_block_is_neither_repeated_nor_kept(save_to: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    state = await text_to_speech("Hello.", save_to=save_to, credentials="quiet-otter", return_state=True)
+
+    run = await run_of(state)
+    assert "there is no saved block" in str(state.message)
+    assert run.parameters["credentials"] == "********"
+    assert "quiet-otter" not in run.model_dump_json() + caplog.text
+    wrong = await text_to_speech("Hello.", save_to=save_to, credentials="quiet-otter", take=0, return_state=True)
+    assert "take" in str(wrong.message)
+    assert "quiet-otter" not in caplog.text
+
+
+async def test_a_block_that_is_named_with_its_type_and_is_not_there_is_named(save_to: str) -> None:
+    name = "nanogpt-credentials/of-nobody"
+    state = await text_to_speech("Hello.", save_to=save_to, credentials=name, return_state=True)
+    assert f"there is no saved block {name}" in str(state.message)
+
+
+async def test_a_folder_that_ends_like_audio_is_refused_before_anything_is_paid(
+    credentials: NanoGPTCredentials, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    place = tmp_path / "hello.mp3"
+    with pytest.raises(NanoGPTError, match="as `name`"):
+        await text_to_speech("Hello.", save_to=place, credentials=credentials)
+    with pytest.raises(NanoGPTError, match="as `name`"):
+        await text_to_speech_batch(LINES, save_to=place, credentials=credentials)
+    with pytest.raises(NanoGPTError, match="as `name`"):
+        await wait_for_tts(Ticket(run_id="98b0", model="m"), place, credentials=credentials)
+    with pytest.raises(NanoGPTError, match="as `name`"):
+        await collect_open_tickets(credentials=credentials, folders=[place])
+    with pytest.raises(NanoGPTError, match="as `name`"):
+        await submit_tts(TTSRequest(text="Hello."), place, credentials)
+    with pytest.raises(NanoGPTError, match="as `name`"):
+        await save_audio(Completed(audio_url="https://host/hello.mp3"), "hello", place, credentials)
+    assert sandbox.requests() == []
+
+
+async def test_a_batch_may_be_partial_where_that_is_allowed(
+    credentials: NanoGPTCredentials, save_to: str, quick: PollSchedule
+) -> None:
+    lines = [LINES[0], {"id": "bad", "text": "[sandbox:reject] Never."}]
+    state = await text_to_speech_batch(
+        lines, save_to=save_to, credentials=credentials, poll=quick, allow_partial=True, return_state=True
+    )
+    assert state.is_completed()
+    assert "1 of 2 lines have no audio: 1 CONTENT_POLICY_VIOLATION" in str(state.message)
+    assert [row.outcome for row in await state.aresult()] == ["completed", "CONTENT_POLICY_VIOLATION"]
 
 
 # What is only to look at

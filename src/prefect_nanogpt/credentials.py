@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, ClassVar, Final, NamedTuple
 from urllib.parse import quote
+from uuid import UUID
 
 import httpx
 from prefect.blocks.abstract import CredentialsBlock
+from prefect.client.orchestration import get_client
 from pydantic import (
     ConfigDict,
     Field,
@@ -26,7 +29,7 @@ from pydantic import (
 from prefect_nanogpt.client import DEFAULT_BASE_URL, INVALID_CREDENTIALS, NanoGPTClient, problem_with_base_url
 from prefect_nanogpt.connections import AudioHosts, split_login
 from prefect_nanogpt.errors import CredentialsError
-from prefect_nanogpt.events import run_logger
+from prefect_nanogpt.events import run_logger, this_run
 from prefect_nanogpt.storage import problem_with_public_url
 
 __all__ = ["NanoGPTCredentials", "find_credentials", "nanogpt_client", "places_of"]
@@ -34,10 +37,31 @@ __all__ = ["NanoGPTCredentials", "find_credentials", "nanogpt_client", "places_o
 
 KEY_IN_CLEAR: Final = (
     "an API key in clear (in a dict, or as a text) is refused, because Prefect stores the parameters of a run as they "
-    'are. Give a block, NanoGPTCredentials(api_key=...) or NanoGPTCredentials.load("NAME"); as a parameter of a '
-    'deployment its reference, {"$ref": {"block_document_id": "..."}}; or leave `credentials` out and set '
-    "NANOGPT_API_KEY. No request was made."
+    'are. Give the name of a saved block, "nanogpt-credentials/NAME"; in Python also a block, '
+    'NanoGPTCredentials(api_key=...) or NanoGPTCredentials.load("NAME"); '
+    "or leave `credentials` out and set NANOGPT_API_KEY. No request was made."
 )
+MASK: Final = "********"
+BLOCK: Final = "nanogpt-credentials/"
+LONGEST_NAME: Final = 40
+"""Of a block that is named without its type, in characters."""
+_BLOCK_NAME: Final = re.compile(r"[a-z0-9-]+")
+# A part of a key is long and mixes letters and digits.
+_NAME_PART: Final = re.compile(r"[a-z]{1,20}[0-9]{0,4}|[0-9]{1,6}|[a-z0-9]{1,4}")
+
+
+def names_block(credentials: str) -> bool:
+    """Whether a text names a saved block, and cannot well be a key.
+
+    Example:
+        >>> names_block("studio-2"), names_block("nanogpt-credentials/x9k2m4"), names_block("sk-nano-1")
+        (True, True, False)
+    """
+    if credentials.startswith(BLOCK):
+        return _BLOCK_NAME.fullmatch(credentials.removeprefix(BLOCK)) is not None
+    parts = credentials.split("-")
+    is_short = len(credentials) <= LONGEST_NAME and parts[0] != "sk" and credentials[:1].isalpha()
+    return is_short and all(map(_NAME_PART.fullmatch, parts))
 
 
 WHERE_KEYS_ARE: Final = "https://nano-gpt.com/api"
@@ -54,9 +78,12 @@ def has_key_in_clear(credentials: object) -> bool:
     """Whether something that was given as credentials is, or may be, a key that nothing masks.
 
     A dict is one unless all of it refers to a saved block, as Prefect's own parameters do: its names may be misspelt.
+    A text is one unless it is like the name of a block.
     """
     if isinstance(credentials, Mapping):
         return set(credentials) != {"$ref"}
+    if isinstance(credentials, str):
+        return not names_block(credentials)
     return not (credentials is None or isinstance(credentials, NanoGPTCredentials))
 
 
@@ -251,7 +278,7 @@ class _Lent(NamedTuple):
     """The client that a flow run has open, the credentials that were asked for and those that it has."""
 
     client: NanoGPTClient
-    asked: NanoGPTCredentials | None
+    asked: NanoGPTCredentials | str | None
     credentials: NanoGPTCredentials
     loop: asyncio.AbstractEventLoop
 
@@ -267,16 +294,15 @@ class Places(NamedTuple):
     public_url: str | None = None
 
 
-async def places_of(credentials: NanoGPTCredentials | None) -> Places:
+async def places_of(credentials: NanoGPTCredentials | str | None) -> Places:
     """Give the places that the credentials name which would be used, with a key or without.
 
     Raises:
         CredentialsError: There are credentials that cannot be used, or cannot be read now: that is not "none".
     """
     lent = _open_client.get()
-    _refuse_key_in_clear(credentials)
     try:
-        found = credentials or (lent.credentials if lent else await find_credentials())
+        found = lent.credentials if lent and credentials in (None, lent.asked) else await _saved_or_found(credentials)
     except CredentialsError as error:
         if error.code != CredentialsError.default_code:
             raise
@@ -291,30 +317,71 @@ def _address(base_url: str) -> str:
     return split_login(base_url.rstrip("/"))[0] if "://" in base_url else base_url.rpartition("@")[2]
 
 
-def _refuse_key_in_clear(credentials: object) -> None:
+async def _saved_or_found(credentials: NanoGPTCredentials | str | None) -> NanoGPTCredentials:
+    """Give the credentials that were given, in the block of that name, or else those that `find_credentials` finds.
+
+    Raises:
+        CredentialsError: There are none, or they cannot be used, or cannot be read now.
+    """
     if has_key_in_clear(credentials):
         raise CredentialsError(f"`credentials`: {KEY_IN_CLEAR}", code=INVALID_CREDENTIALS)
+    if not isinstance(credentials, str):
+        return credentials or await find_credentials()
+    try:
+        block = await NanoGPTCredentials.aload(credentials.removeprefix(BLOCK))
+    except ValidationError:
+        raise CredentialsError(
+            f"The saved block {credentials} is not valid: save it anew. No request was made.", code=INVALID_CREDENTIALS
+        ) from None
+    except ValueError:
+        # What is not the name of any block may be a key after all.
+        if not credentials.startswith(BLOCK):
+            await _mask_what_is_stored(credentials)
+        which = credentials if credentials.startswith(BLOCK) else f"{BLOCK}NAME with the NAME that was given"
+        raise CredentialsError(
+            f"`credentials`: there is no saved block {which}. Save a NanoGPT Credentials block of that name in "
+            "Prefect, or leave `credentials` out and set NANOGPT_API_KEY. No request was made.",
+            code=INVALID_CREDENTIALS,
+        ) from None
+    except httpx.HTTPError as error:
+        raise CredentialsError(
+            f"The block that `credentials` names cannot be read now: {error}", code=INVALID_CREDENTIALS, retryable=True
+        ) from None
+    assert isinstance(block, NanoGPTCredentials)
+    return block
+
+
+async def _mask_what_is_stored(credentials: str) -> None:
+    """Take a text that is no block's name out of the parameters of this run, as Prefect has stored them."""
+    run = this_run()
+    if run.id is None:
+        return
+    with suppress(Exception):
+        async with get_client() as client:
+            stored = (await client.read_flow_run(UUID(run.id))).parameters
+            if stored.get("credentials") == credentials:
+                await client.update_flow_run(UUID(run.id), parameters={**stored, "credentials": MASK})
 
 
 @asynccontextmanager
-async def nanogpt_client(credentials: NanoGPTCredentials | None) -> AsyncIterator[NanoGPTClient]:
+async def nanogpt_client(credentials: NanoGPTCredentials | str | None) -> AsyncIterator[NanoGPTClient]:
     """Lend the client that the flow run has open, or open one for this block.
 
     A flow opens one client and the tasks it calls share its connections; a task that is called on its own gets one
     for itself.
 
     Args:
-        credentials: The credentials to use; None for those of the flow, or else those that `find_credentials` finds.
+        credentials: The credentials to use, or the name of their block; None for those of the flow, or else those that
+            `find_credentials` finds.
 
     Raises:
         CredentialsError: There is no usable key.
     """
-    _refuse_key_in_clear(credentials)
     lent = _open_client.get()
     if lent is not None and credentials in (None, lent.asked) and lent.loop is asyncio.get_running_loop():
         yield lent.client
         return
-    found = credentials or await find_credentials()
+    found = await _saved_or_found(credentials)
     async with found.get_client() as client:
         run_logger().info("Asking %s, with the key from %s.", client.base_url, found.source)
         token = _open_client.set(_Lent(client, credentials, found, asyncio.get_running_loop()))

@@ -29,7 +29,7 @@ from prefect_nanogpt.errors import (
     without_login,
 )
 from prefect_nanogpt.events import run_logger
-from prefect_nanogpt.flows.ending import PLAIN_JSON, failed, keep_result, may_go_better
+from prefect_nanogpt.flows.ending import PLAIN_JSON, failed, given_name, keep_result, may_go_better
 from prefect_nanogpt.flows.forms import (
     ArtifactKey,
     CostLimit,
@@ -41,7 +41,7 @@ from prefect_nanogpt.flows.forms import (
     Schedule,
     Take,
     TimeoutSeconds,
-    keeps_no_key,
+    has_form,
     titled,
 )
 from prefect_nanogpt.flows.shards import parameters_of_shards, run_shards
@@ -100,10 +100,10 @@ def run_name() -> str:
         one_line(PurePath(without_login(lines)).name, LONGEST_WORD) if isinstance(lines, str) else f"{len(lines)}-lines"
     )
     shard = f"-shard-{number}" if (number := this_flow_run.parameters.get("shard")) else ""
-    return f"tts-batch-{what}{shard}"
+    return given_name() or f"tts-batch-{what}{shard}"
 
 
-@keeps_no_key
+@has_form("lines", "model", "voice", "save_to", "allow_partial", "credentials", left_out=("shard",))
 @flow(
     name="text-to-speech-batch",
     description="Turn many lines into speech with NanoGPT, each into a file of its own.",

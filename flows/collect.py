@@ -29,8 +29,8 @@ from prefect_nanogpt.errors import (
     without_login,
 )
 from prefect_nanogpt.events import RunReference, run_logger
-from prefect_nanogpt.flows.ending import PLAIN_JSON, failed, keep_result
-from prefect_nanogpt.flows.forms import ArtifactKey, Credentials, SaveTo, keeps_no_key, titled
+from prefect_nanogpt.flows.ending import PLAIN_JSON, failed, given_name, keep_result
+from prefect_nanogpt.flows.forms import ArtifactKey, Credentials, SaveTo, has_form, titled
 from prefect_nanogpt.job import Said, Terms, settle
 from prefect_nanogpt.ledger import Entry, Job, Ledger, run_in
 from prefect_nanogpt.models import AudioContent, AudioFile, Completed, Submission, Ticket
@@ -84,11 +84,11 @@ class CollectedTicket(BaseModel):
     flow_runs: list[str]
 
 
-@keeps_no_key
+@has_form("credentials", "folders", "lookback_days")
 @flow(
     name="collect-open-tickets",
     description="Poll each job once that is paid for and has no end yet, and settle it.",
-    flow_run_name="collect-open-tickets",
+    flow_run_name=lambda: given_name() or "collect-open-tickets",
     persist_result=False,
     result_serializer=PLAIN_JSON,
 )

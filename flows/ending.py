@@ -1,16 +1,20 @@
 """How a run of this package begins and ends: in one place, because Prefect makes it easy to get wrong."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import cache
 from typing import Any, Final
 
 import anyio
+from coolname.data import config as made_up_words
 from prefect import State
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
 from prefect.exceptions import TerminationSignal
 from prefect.logging.handlers import APILogHandler
+from prefect.runtime import flow_run as this_flow_run
 from prefect.serializers import JSONSerializer
 from prefect.states import Failed
 
@@ -18,13 +22,40 @@ from prefect_nanogpt.errors import ContentPolicyViolation, NanoGPTError, TTSJobR
 from prefect_nanogpt.events import resume_command, run_logger
 from prefect_nanogpt.report import Report
 
-__all__ = ["PLAIN_JSON", "failed", "keep_result", "may_go_better", "reporting_interruption"]
+__all__ = ["PLAIN_JSON", "failed", "given_name", "keep_result", "may_go_better", "reporting_interruption"]
 
 LAST_WORD_SECONDS: Final = 5.0
 """A process that is told to stop is killed soon: Prefect gives a cancelled run 30 s, of which a submission that waits
 for its answer may have taken 25."""
 PLAIN_JSON: Final = JSONSerializer(object_encoder="prefect_nanogpt.models.plain", object_decoder=None)
 """Results that can be read where this package is not installed."""
+
+# The forms of the UI fill in a name that they make up. Prefect's server makes up others, of the words of coolname.
+_MADE_UP: Final = re.compile(
+    # V2: an adjective of products and an animal of six letters at most
+    r"(Awesome|Rustic|Small|Gorgeous|Fantastic|Sleek|Intelligent|Unbranded|Refined|Licensed|Generic|Practical|Ergonomic"
+    r"|Handcrafted|Tasty|Handmade|Incredible|Modern|Luxurious|Electronic|Elegant|Oriental|Recycled|Bespoke)-[A-Z].{1,5}"
+    # V1: a star, by its letter, one of a thousand constellations and places, and perhaps a word more
+    r"|(alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|omicron|pi|rho|sigma|tau|upsilon|phi|chi"
+    r"|psi|omega)\d*(-[a-z]+){1,3}"
+)
+_ADJECTIVES: Final = ("adjective", "adjective_near", "noun_adjective", "size", "prefix", "adjective_first")
+_ANIMALS: Final = ("animal", "animal_breed", "animal_legendary")
+
+
+def given_name() -> str | None:
+    """Give the name that somebody has given to this run; None where it has one that was made up."""
+    name = this_flow_run.name
+    if not name or _MADE_UP.fullmatch(name):
+        return None
+    adjective, _, animal = name.partition("-")
+    return None if adjective in _words(_ADJECTIVES) and animal in _words(_ANIMALS) else str(name)
+
+
+@cache
+def _words(kinds: tuple[str, ...]) -> frozenset[str]:
+    lists: dict[str, Any] = made_up_words
+    return frozenset(word for kind in kinds for word in lists.get(kind, {}).get("words", ()))
 
 
 def keep_result() -> None:

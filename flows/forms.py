@@ -1,11 +1,13 @@
 """The parameters as the forms of the Prefect UI show them, and as Prefect keeps them: without a key.
 
-Their descriptions come from the flows' docstrings.
+Their descriptions come from the flows' docstrings. A form has few things first and the rest in *Advanced*; the flows'
+own parameters are flat, and runs can be started with them in either way.
 """
 
+import inspect
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 from uuid import UUID
@@ -14,11 +16,14 @@ from prefect import Flow
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ParameterTypeError
 from prefect.runtime import flow_run as this_flow_run
+from prefect.utilities.callables import get_parameter_defaults, parameter_schema
 from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic.json_schema import NoDefault
 
 from prefect_nanogpt.credentials import KEY_IN_CLEAR, MASK, NanoGPTCredentials, has_key_in_clear
 from prefect_nanogpt.lines import usable
 from prefect_nanogpt.models import LARGEST_TAKE, Money, PollSchedule
+from prefect_nanogpt.tables import read_json
 
 __all__ = [
     "ArtifactKey",
@@ -33,7 +38,7 @@ __all__ = [
     "Schedule",
     "Take",
     "TimeoutSeconds",
-    "keeps_no_key",
+    "has_form",
     "titled",
 ]
 
@@ -77,7 +82,8 @@ LONGEST_TIMEOUT_SECONDS = 30 * 24 * 3600
 SaveTo = Annotated[
     str | os.PathLike[str],
     BeforeValidator(lambda place: os.fspath(place) if isinstance(place, os.PathLike) else place),
-    WithJsonSchema({"type": "string", "title": "Save to"}),
+    WithJsonSchema({"type": "string"}),
+    titled("Save to"),
 ]
 FileName = Annotated[str | None, titled("File name", min_length=1, max_length=100)]
 Credentials = Annotated[NanoGPTCredentials | str | None, titled("Credentials")]
@@ -89,16 +95,62 @@ Resubmitted = Annotated[Sequence[Literal["uncertain", "lost", "refused"]], title
 ArtifactKey = Annotated[str, titled("Artifact key", pattern=r"^[a-z0-9-]+$")]
 
 
-class _KeyIsNoParameter(Flow[P, R]):
-    """A flow that refuses an API key that is given in clear, and keeps it out of what Prefect stores of a run."""
+ADVANCED = "advanced"
+TABLE = "table"
+"""What `lines` is called in the form, where it is one text field. Prefect's server would refuse a list for a text."""
+OF_FORMS = (ADVANCED, TABLE)
+TABLE_DESCRIPTION = (
+    "The path or URL of a table (CSV) with the columns id and text, of a JSON array or of JSON Lines; or the lines "
+    'themselves as a JSON array: [{"id": "hello", "text": "Hello."}]. Their other fields: voice, model, take, '
+    "documented options such as speed, and others as option.NAME."
+)
+
+
+class _HasForm(Flow[P, R]):
+    """A flow with a form, which refuses an API key in clear, and keeps it out of what Prefect stores of a run."""
+
+    _first: tuple[str, ...]
+    _left_out: tuple[str, ...]
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The parameters as the form has them: Prefect makes the schema of a deployment of the flow's signature."""
+        schema = parameter_schema(self.fn)
+        defaults = get_parameter_defaults(self.fn)
+        shown = {name: _control(schema.properties[name], schema.definitions) for name in schema.properties}
+        first = []
+        for name in self._first:
+            default = defaults.get(name, inspect.Parameter.empty)
+            if name == "lines":
+                described = {"type": "string", "title": "Lines", "description": TABLE_DESCRIPTION}
+                first.append(_parameter(TABLE, described, NoDefault))
+            elif default is inspect.Parameter.empty:
+                # An object that must be given is pasted; without a type it is one field for JSON.
+                shape = shown[name] if "properties" not in shown[name] else _only(shown[name], "title", "description")
+                first.append(_parameter(name, shape, default))
+            else:
+                first.append(_parameter(name, shown[name], NoDefault if default in (None, ()) else default))
+        rest = {
+            name: _with_default_told(shape, defaults[name])
+            for name, shape in shown.items()
+            if name not in (*self._first, *self._left_out, *OF_FORMS)
+        }
+        advanced = {
+            "type": "object",
+            "title": "Advanced",
+            "description": "What is left empty has its default.",
+            "properties": {name: {**shape, "position": number} for number, (name, shape) in enumerate(rest.items())},
+        }
+        return inspect.Signature([*first, _parameter(ADVANCED, advanced, NoDefault)])
 
     def with_options(self, **options: Any) -> Flow[P, R]:
         """Make another version of the flow, as Prefect does."""
-        return keeps_no_key(super().with_options(**options))
+        return has_form(*self._first, left_out=self._left_out)(super().with_options(**options))
 
     def serialize_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
         """Give the parameters as they are stored, which is before they are validated."""
-        storable: dict[str, Any] = _storable(super().serialize_parameters(_without_key(parameters)))
+        given = {name: value for name, value in parameters.items() if not (name in OF_FORMS and value is None)}
+        storable: dict[str, Any] = _storable(super().serialize_parameters(_without_key(given)))
         return storable
 
     def validate_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -107,33 +159,117 @@ class _KeyIsNoParameter(Flow[P, R]):
         Raises:
             ParameterTypeError: One of them is not what it should be, or is a key in clear.
         """
+        parameters = self._flat(parameters)
         if has_key_in_clear(parameters.get("credentials")):
             with suppress(Exception):
-                _mask_what_is_stored(parameters)
+                _mask_what_is_stored()
             raise ParameterTypeError(f"Flow run received invalid parameters:\n - credentials: {KEY_IN_CLEAR}")
         given = parameters.get("credentials")
-        if not isinstance(given, str):
-            return super().validate_parameters(parameters)
         # Prefect logs all parameters where one is wrong, and what should be a name may be a key.
-        return super().validate_parameters({**parameters, "credentials": None}) | {"credentials": given}
+        name = {"credentials": given} if isinstance(given, str) else {}
+        validated = super().validate_parameters({**parameters, **dict.fromkeys(name)}) | name
+        return {name: value for name, value in validated.items() if name not in OF_FORMS}
+
+    def _flat(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Give the parameters as the flow takes them. What is emptied in a form is not there."""
+        parameters = {**given}
+        advanced = parameters.pop(ADVANCED, None) or {}
+        if not isinstance(advanced, Mapping):
+            raise ParameterTypeError(f"Flow run received invalid parameters:\n - {ADVANCED}: this is no object")
+        parameters |= {name: value for name, value in advanced.items() if value not in (None, "")}
+        if table := parameters.pop(TABLE, None):
+            parameters["lines"] = _pasted(table)
+        if "lines" in self._first and parameters.get("lines") is None:
+            raise ParameterTypeError("Flow run received invalid parameters:\n - lines: there are none")
+        defaults = get_parameter_defaults(self.fn)
+        return {
+            name: value
+            for name, value in parameters.items()
+            if name not in defaults or not (value is None or (isinstance(value, str) and not value))
+        }
 
 
-def _mask_what_is_stored(parameters: Mapping[str, Any]) -> None:
+def _control(schema: dict[str, Any], definitions: Mapping[str, Any]) -> dict[str, Any]:
+    """Make a property one plain control: the UIs show a tab for each type of several, "None" included."""
+    told = _only(schema, "title", "description")
+    told["description"] = _plain(told.get("description", ""))
+    kinds = [_resolved(kind, definitions) for kind in schema.get("anyOf", [schema])]
+    kinds = [kind for kind in kinds if kind.get("type") != "null"]
+    for kind in kinds:
+        if "block_type_slug" in kind:  # without a type, so that a block's name is taken too
+            return _only(kind, "block_type_slug") | told
+    numbers = [kind for kind in kinds if kind.get("type") == "number"]
+    if not numbers and len(kinds) > 1 and "enum" in kinds[0]:  # no drop-down of theirs has room to type
+        told["description"] += f" Known are {', '.join(kinds[0]['enum'])}; others can be typed."
+        return {"type": "string"} | told
+    control = {name: value for name, value in (numbers or kinds)[0].items() if name not in ("default", "position")}
+    if "properties" in control:
+        control["properties"] = {
+            name: _with_default_told(_control(member, definitions), member.get("default"))
+            for name, member in control["properties"].items()
+        }
+    return control | told
+
+
+def _resolved(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> dict[str, Any]:
+    if "$ref" not in schema:
+        return {**schema}
+    definition: dict[str, Any] = definitions[schema["$ref"].rpartition("/")[2]]
+    return definition | {name: schema[name] for name in schema if name != "$ref"}
+
+
+def _only(schema: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: schema[name] for name in names if name in schema}
+
+
+def _plain(words: str) -> str:
+    """Give a docstring's words without markup, and with what leaves a value out as a form has it."""
+    words = " ".join(words.replace("`", "").split())
+    return words.replace("; None ", "; empty ").replace(". None ", ". Empty ")
+
+
+def _with_default_told(shape: dict[str, Any], default: object) -> dict[str, Any]:
+    """Tell a default in words. Were it filled in, it would displace what a copied run was given flat."""
+    if not isinstance(default, int | float | str) or isinstance(default, bool):
+        return shape
+    told = default if isinstance(default, str) else f"{default:g}"
+    return {**shape, "description": f"{shape['description']} Default: {told}."}
+
+
+def _parameter(name: str, shape: dict[str, Any], default: object) -> inspect.Parameter:
+    # Prefect puts its own title over that of the annotation, but merges the extra schema over both.
+    annotation = Annotated[Any, WithJsonSchema(shape), Field(json_schema_extra=shape)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _pasted(table: Any) -> Any:
+    """Read lines that were pasted in the place of a path."""
+    if not isinstance(table, str) or not table.lstrip().startswith("["):
+        return table
+    try:
+        return read_json(table)
+    except ValueError as error:
+        raise ParameterTypeError(f"Flow run received invalid parameters:\n - {TABLE}: no JSON: {error}") from None
+
+
+def _mask_what_is_stored() -> None:
     """Take a key out of the parameters of this run where it was started through the API, which has stored them."""
     run_id = this_flow_run.id
     if run_id is None:
         return
     with get_client(sync_client=True) as client:
         stored = client.read_flow_run(UUID(run_id)).parameters
-        if stored.get("credentials") == parameters["credentials"]:
-            client.update_flow_run(UUID(run_id), parameters=_without_key(stored))
+        if (masked := _without_key(stored)) != stored:
+            client.update_flow_run(UUID(run_id), parameters=masked)
 
 
 def _without_key(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    given = parameters.get("credentials")
-    if not has_key_in_clear(given):
-        return {**parameters}
-    return {**parameters, "credentials": dict.fromkeys(given, MASK) if isinstance(given, Mapping) else MASK}
+    masked = {**parameters}
+    if has_key_in_clear(given := parameters.get("credentials")):
+        masked["credentials"] = dict.fromkeys(given, MASK) if isinstance(given, Mapping) else MASK
+    if isinstance(advanced := parameters.get(ADVANCED), Mapping):
+        masked[ADVANCED] = _without_key(advanced)
+    return masked
 
 
 def _storable(value: Any) -> Any:
@@ -155,10 +291,33 @@ def _storable(value: Any) -> Any:
     return value
 
 
-def keeps_no_key(flow: Flow[P, R]) -> Flow[P, R]:
-    """Keep API keys out of the parameters that Prefect stores of a flow's runs.
+def _with_what_forms_have(signature: inspect.Signature) -> inspect.Signature:
+    """Let Prefect bind what a form sends, which it does before the flow can sort it: to names that the function has."""
+    if ADVANCED in signature.parameters:
+        return signature
+    own = [
+        parameter.replace(default=None) if parameter.name == "lines" else parameter
+        for parameter in signature.parameters.values()
+    ]
+    more = OF_FORMS if "lines" in signature.parameters else (ADVANCED,)
+    forms = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Any) for name in more]
+    return signature.replace(parameters=[*own, *forms])
+
+
+def has_form(*first: str, left_out: tuple[str, ...] = ()) -> Callable[[Flow[P, R]], Flow[P, R]]:
+    """Give a flow a form of plain controls, and keep API keys out of the parameters that Prefect stores of its runs.
 
     Prefect stores the parameters of a run before it validates them, a block without its secrets and a dict as it is.
+
+    Args:
+        first: The parameters that come first, in this order; the others are in *Advanced*.
+        left_out: The parameters that no person sets.
     """
-    flow.__class__ = _KeyIsNoParameter
-    return flow
+
+    def make(flow: Flow[P, R]) -> Flow[P, R]:
+        flow.__class__ = _HasForm
+        vars(flow).update(_first=first, _left_out=left_out)
+        vars(flow.fn)["__signature__"] = _with_what_forms_have(inspect.signature(flow.fn))
+        return flow
+
+    return make

@@ -11,7 +11,14 @@ from prefect_nanogpt.client import NanoGPTClient
 from prefect_nanogpt.credentials import nanogpt_client
 from prefect_nanogpt.errors import NanoGPTError, StorageError
 from prefect_nanogpt.events import run_logger
-from prefect_nanogpt.flows.ending import PLAIN_JSON, failed, keep_result, may_go_better, reporting_interruption
+from prefect_nanogpt.flows.ending import (
+    PLAIN_JSON,
+    failed,
+    given_name,
+    keep_result,
+    may_go_better,
+    reporting_interruption,
+)
 from prefect_nanogpt.flows.forms import (
     ArtifactKey,
     CostLimit,
@@ -24,7 +31,7 @@ from prefect_nanogpt.flows.forms import (
     Schedule,
     Take,
     TimeoutSeconds,
-    keeps_no_key,
+    has_form,
     titled,
 )
 from prefect_nanogpt.job import Terms, find, say
@@ -56,10 +63,13 @@ def run_name() -> str:
     """Name a run by its model and first words."""
     parameters = this_flow_run.parameters
     words = textwrap.shorten(one_line(str(parameters.get("text", "")), LONGEST_WORD), 40, placeholder="…")
-    return f"tts-{one_line(str(parameters.get('model', DEFAULT_MODEL)), LONGEST_WORD)}-{words or 'nothing'}"
+    return (
+        given_name()
+        or f"tts-{one_line(str(parameters.get('model', DEFAULT_MODEL)), LONGEST_WORD)}-{words or 'nothing'}"
+    )
 
 
-@keeps_no_key
+@has_form("text", "model", "voice", "speed", "save_to", "name", "credentials")
 @flow(
     name="text-to-speech",
     description="Turn text into speech with NanoGPT and save the audio.",

@@ -4,11 +4,12 @@ from dataclasses import replace
 from typing import Annotated, cast
 
 from prefect import flow
+from prefect.runtime import flow_run as this_flow_run
 
 from prefect_nanogpt.credentials import nanogpt_client
 from prefect_nanogpt.errors import NanoGPTError
 from prefect_nanogpt.events import run_logger
-from prefect_nanogpt.flows.ending import PLAIN_JSON, failed, keep_result, reporting_interruption
+from prefect_nanogpt.flows.ending import PLAIN_JSON, failed, given_name, keep_result, reporting_interruption
 from prefect_nanogpt.flows.forms import (
     ArtifactKey,
     Credentials,
@@ -16,7 +17,7 @@ from prefect_nanogpt.flows.forms import (
     SaveTo,
     Schedule,
     TimeoutSeconds,
-    keeps_no_key,
+    has_form,
     titled,
 )
 from prefect_nanogpt.job import Said, Terms, find, say
@@ -30,11 +31,17 @@ from prefect_nanogpt.tasks.say import TaskSteps
 __all__ = ["wait_for_tts"]
 
 
-@keeps_no_key
+def run_name() -> str:
+    """Name a run by the model and the beginning of the run id."""
+    ticket = this_flow_run.parameters["ticket"]
+    return given_name() or f"tts-{ticket.model}-{ticket.run_id:.8}"
+
+
+@has_form("ticket", "save_to", "name", "credentials")
 @flow(
     name="wait-for-tts",
     description="Wait for a NanoGPT text-to-speech job and save its audio.",
-    flow_run_name="tts-{ticket.model}-{ticket.run_id:.8}",
+    flow_run_name=run_name,
     persist_result=False,
     result_serializer=PLAIN_JSON,
 )
@@ -53,7 +60,7 @@ async def wait_for_tts(
     ledger of `save_to`, so another run finds it, and `collect_open_tickets` saves the audio if none does.
 
     Args:
-        ticket: The provider's answer to the submission, as it is.
+        ticket: The provider's answer to the submission, as it is; its JSON as a text will do.
         save_to: A folder, an fsspec URL such as `s3://bucket/speech`, or a block as `remote-file-system/NAME`.
         credentials: The credentials, or the name of their block; None for the environment, or else the block `default`.
         timeout_seconds: How long to wait for the job in all, in seconds.

@@ -1,5 +1,6 @@
 """What people see: the Prefect UI, both versions of it, in a real browser, from the form to the report."""
 
+import json
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from playwright.sync_api import TimeoutError as PlaywrightTimeoutError
 
 from prefect_nanogpt.sandbox import Sandbox
@@ -74,34 +75,39 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def sandbox() -> Iterator[Sandbox]:
+    with Sandbox(job_seconds=3.0) as sandbox:
+        yield sandbox
+
+
+@pytest.fixture(scope="module")
+def served(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     home = tmp_path_factory.mktemp("served")
     port = free_port()
-    with Sandbox(job_seconds=3.0) as sandbox:
-        process = subprocess.Popen(
-            [str(Path(sys.executable).parent / "prefect-nanogpt"), "serve", "--port", str(port), "--listen-port", "0"],
-            cwd=home,
-            env={
-                **os.environ,
-                "PREFECT_HOME": str(home / "prefect"),
-                "PREFECT_RUNNER_POLL_FREQUENCY": "1",
-                "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "1",
-                "NANOGPT_API_KEY": API_KEY,
-                "NANOGPT_BASE_URL": sandbox.base_url,
-            },
-            stdout=subprocess.DEVNULL,
-            stderr=(home / "log").open("w"),
-        )
-        served = Served(f"http://127.0.0.1:{port}")
-        try:
-            wait_for(lambda: _all_deployed(served), seconds=120)
-            yield served
-        finally:
-            process.send_signal(signal.SIGINT)
-            assert process.wait(60) == 0
-        log = (home / "log").read_text()
-        assert "Traceback" not in log
-        assert "RuntimeWarning" not in log
+    process = subprocess.Popen(
+        [str(Path(sys.executable).parent / "prefect-nanogpt"), "serve", "--port", str(port), "--listen-port", "0"],
+        cwd=home,
+        env={
+            **os.environ,
+            "PREFECT_HOME": str(home / "prefect"),
+            "PREFECT_RUNNER_POLL_FREQUENCY": "1",
+            "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "1",
+            "NANOGPT_API_KEY": API_KEY,
+            "NANOGPT_BASE_URL": sandbox.base_url,
+        },
+        stdout=subprocess.DEVNULL,
+        stderr=(home / "log").open("w"),
+    )
+    served = Served(f"http://127.0.0.1:{port}")
+    try:
+        wait_for(lambda: _all_deployed(served), seconds=120)
+        yield served
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    log = (home / "log").read_text()
+    assert "Traceback" not in log
+    assert "RuntimeWarning" not in log
 
 
 def _all_deployed(served: Served) -> bool:
@@ -136,15 +142,14 @@ def page(browser: Browser) -> Iterator[Page]:
     page.close()
 
 
-def photograph(page: Page, ui: str, name: str) -> None:
-    if SCREENSHOTS and ui.endswith("/v2"):
+def photograph(page: Page, ui: str, name: str, *, everywhere: bool = False) -> None:
+    if SCREENSHOTS and (ui.endswith("/v2") or everywhere):
         Path(SCREENSHOTS).mkdir(parents=True, exist_ok=True)
         page.screenshot(path=f"{SCREENSHOTS}/{name}.png", animations="disabled")
 
 
 def start_from_the_form(served: Served, page: Page, ui: str, text: str, photo: str | None = None) -> None:
     """Go to the deployments, open text-to-speech, fill in its custom run, and start it."""
-    before = len(served.runs("text-to-speech"))
     page.goto(f"{ui}/deployments")
     deployment = served.api("/deployments/name/text-to-speech/text-to-speech")["id"]
     page.locator(f"a[href$='/deployments/deployment/{deployment}']").first.click()
@@ -154,14 +159,7 @@ def start_from_the_form(served: Served, page: Page, ui: str, text: str, photo: s
     page.locator("textarea").first.fill(text)
     if photo:
         photograph(page, ui, photo)
-    # On a busy machine the form may still be at work on what was typed and let a click go by, as it does for people.
-    for _ in range(5):
-        page.get_by_role("button", name="Submit", exact=True).click()
-        with suppress(PlaywrightTimeoutError):
-            page.wait_for_url("**/deployments/deployment/*?*", timeout=20_000)
-            return
-        assert len(served.runs("text-to-speech")) == before, "a run was started, but the form is still there"
-    raise AssertionError("the form cannot be submitted")
+    submit(served, page, "text-to-speech")
 
 
 def test_a_text_typed_into_the_form_becomes_a_report_with_its_waveform(served: Served, ui: str, page: Page) -> None:
@@ -195,6 +193,88 @@ def test_a_refused_text_ends_in_a_state_named_by_its_code(served: Served, ui: st
 
     page.goto(f"{ui}/artifacts/artifact/{served.report_of(run)['id']}")
     expect(page.get_by_text("would refuse the same text again").first).to_be_visible()
+
+
+# The forms
+
+
+@pytest.mark.parametrize("flow", ["wait-for-tts", "text-to-speech", "text-to-speech-batch", "collect-open-tickets"])
+def test_a_form_has_one_plain_control_for_each_thing(served: Served, ui: str, page: Page, flow: str) -> None:
+    open_form(served, page, ui, flow)
+
+    shown = page.locator("body").inner_text()
+    assert "type None" not in shown
+    assert "`" not in shown
+    assert page.get_by_role("tab", name="None").count() == 0
+    assert page.get_by_role("tab", name="str").count() == 0
+    photograph(page, ui, f"form-{flow}{'' if '/v2' in ui else '-v1'}", everywhere=True)
+
+
+def test_a_ticket_is_pasted_as_it_is_and_a_name_that_was_typed_is_kept(
+    served: Served, sandbox: Sandbox, ui: str, page: Page
+) -> None:
+    ticket = json.dumps(sandbox.add_job("Pasted."))
+    before = served.ended_runs("wait-for-tts")
+    open_form(served, page, ui, "wait-for-tts")
+    page.locator(".cm-content, .p-code-input textarea").first.click()
+    page.keyboard.insert_text(ticket)
+    rename(page, "The ticket of today")
+    submit(served, page, "wait-for-tts")
+
+    run = served.ended_run("wait-for-tts", before)
+    assert (run["state_name"], run["name"]) == ("Completed", "The ticket of today")
+    assert run["parameters"]["ticket"] == json.loads(ticket)
+
+
+def test_lines_are_pasted_and_advanced_things_are_set(served: Served, ui: str, page: Page) -> None:
+    lines = [{"id": "one", "text": f"One, in {ui}."}, {"id": "two", "text": f"Two, in {ui}."}]
+    before = served.ended_runs("text-to-speech-batch")
+    open_form(served, page, ui, "text-to-speech-batch")
+    page.locator("textarea").first.fill(json.dumps(lines))
+    field(page, "Jobs at the provider at once").fill("3")
+    submit(served, page, "text-to-speech-batch")
+
+    run = served.ended_run("text-to-speech-batch", before)
+    assert (run["state_name"], run["name"]) == ("Completed", "tts-batch-2-lines")
+    assert run["parameters"]["advanced"]["max_in_flight"] == 3
+
+
+def test_a_text_alone_makes_a_run_and_so_does_a_collection_of_nothing(served: Served, ui: str, page: Page) -> None:
+    before = served.ended_runs("collect-open-tickets")
+    open_form(served, page, ui, "collect-open-tickets")
+    submit(served, page, "collect-open-tickets")
+
+    run = served.ended_run("collect-open-tickets", before)
+    assert (run["state_name"], run["name"]) == ("Completed", "collect-open-tickets")
+
+
+def open_form(served: Served, page: Page, ui: str, flow: str) -> None:
+    deployment = served.api(f"/deployments/name/{flow}/{flow}")["id"]
+    page.goto(f"{ui}/deployments/deployment/{deployment}/run")
+    expect(page.get_by_text("What is left empty has its default.")).to_be_visible()
+
+
+def field(page: Page, title: str) -> Locator:
+    """The number field below a title, in either version of the UI."""
+    return page.locator(f"xpath=//*[starts-with(normalize-space(text()), '{title}')]/following::input[1]")
+
+
+def rename(page: Page, name: str) -> None:
+    """Type a name over the one that the form has made up."""
+    made_up = page.locator("input").filter(visible=True).first
+    made_up.fill(name)
+
+
+def submit(served: Served, page: Page, flow: str) -> None:
+    before = len(served.runs(flow))
+    # On a busy machine the form may still be at work on what was typed and let a click go by, as it does for people.
+    for _ in range(5):
+        page.get_by_role("button", name="Submit", exact=True).click()
+        with suppress(PlaywrightTimeoutError):
+            page.wait_for_url("**/deployments/deployment/*?*", timeout=20_000)
+            return
+        assert len(served.runs(flow)) == before, "a run was started, but the form is still there"
+    raise AssertionError("the form cannot be submitted")
 
 
 def active_schedules(served: Served, deployment: str) -> list[str]:

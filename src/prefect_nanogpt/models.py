@@ -119,8 +119,9 @@ Money = Annotated[Decimal, Field(ge=0, allow_inf_nan=False), AfterValidator(_can
 class Ticket(BaseModel):
     """A job that the provider has accepted and charged for. Whoever holds it can fetch the audio.
 
-    Takes the provider's JSON as it is, or snake_case names. Only the run id and the model are needed, but `cost`,
-    `paymentSource` and `isApiRequest` go on every status call, where they drive the provider's automatic refund.
+    Takes the provider's JSON as it is, also as a text, or snake_case names. Only the run id and the model are needed,
+    but `cost`, `paymentSource` and `isApiRequest` go on every status call, where they drive the provider's automatic
+    refund.
 
     Example:
         >>> Ticket.model_validate({"runId": "98b0d593", "model": "Elevenlabs-V3", "cost": 0.005}).cost
@@ -152,6 +153,16 @@ class Ticket(BaseModel):
         title="API request",
         description="Whether the job was submitted through the API.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, given: object) -> object:
+        if not isinstance(given, str):
+            return given
+        try:
+            return json.loads(given)
+        except (ValueError, RecursionError):
+            raise ValueError("this text is not the ticket's JSON") from None
 
     @field_validator("run_id", "model", mode="before")
     @classmethod

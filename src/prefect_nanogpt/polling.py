@@ -38,14 +38,14 @@ class PollSchedule(BaseModel):
         0.8,
         ge=SHORTEST_PAUSE_SECONDS,
         le=LONGEST_PAUSE_SECONDS,
-        title="Shortest pause",
+        title="Shortest pause, in seconds",
         description="The shortest pause between two status calls, in seconds; at least 0.25.",
     )
     max_seconds: float = Field(
         5.0,
         ge=SHORTEST_PAUSE_SECONDS,
         le=LONGEST_PAUSE_SECONDS,
-        title="Longest pause",
+        title="Longest pause, in seconds",
         description="The longest pause between two status calls, in seconds.",
     )
     growth: float = Field(

@@ -1,0 +1,121 @@
+"""The forms: what Prefect stores of the parameters of a deployment, and what becomes of what a form sends."""
+
+import json
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from prefect import Flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas import FlowRun
+from prefect.exceptions import ParameterTypeError
+from prefect.flow_engine import run_flow
+from prefect.utilities.callables import parameter_schema
+from prefect.utilities.schema_tools.validation import is_valid
+
+from prefect_nanogpt import NanoGPTCredentials
+from prefect_nanogpt.flows import collect_open_tickets, text_to_speech, text_to_speech_batch, wait_for_tts
+from prefect_nanogpt.models import PollSchedule, Ticket
+from prefect_nanogpt.sandbox import Sandbox
+
+FLOWS: list[Flow[..., Any]] = [wait_for_tts, text_to_speech, text_to_speech_batch, collect_open_tickets]
+TICKET = {"runId": "98b0d593", "model": "m", "cost": 0.005, "paymentSource": "USD", "isApiRequest": True}
+
+
+def form_of(flow: Flow[..., Any]) -> dict[str, Any]:
+    schema: dict[str, Any] = parameter_schema(flow).model_dump()
+    return schema
+
+
+@pytest.mark.parametrize("flow", FLOWS, ids=lambda flow: flow.name)
+def test_a_form_has_one_control_for_each_thing_and_plain_words(flow: Flow[..., Any]) -> None:
+    written = json.dumps(form_of(flow))
+    assert not any(part in written for part in ("anyOf", "null", "`", "$ref"))
+    assert form_of(flow.with_options(retries=2)) == form_of(flow)
+
+
+@pytest.mark.parametrize("flow", FLOWS, ids=lambda flow: flow.name)
+def test_a_form_asks_for_few_things_and_every_parameter_has_its_place(flow: Flow[..., Any]) -> None:
+    shown = form_of(flow)["properties"]
+    inside = shown["advanced"]["properties"]
+    assert list(shown)[-1] == "advanced"
+    assert len(shown) <= 8
+    every = {"table" if name == "lines" else name for name in flow.fn.__annotations__} - {"return", "shard"}
+    assert (set(shown) - {"advanced"}) | set(inside) == every
+
+
+@pytest.mark.parametrize(
+    ("flow", "parameters"),
+    [
+        (text_to_speech, {"text": "Hi.", "poll": {"min_seconds": 0.25}, "max_cost": "0.5", "voice": None}),
+        (text_to_speech, {"text": "Hi.", "credentials": "studio", "advanced": {"max_cost": 0.5, "voice": None}}),
+        (text_to_speech, {"text": "Hi.", "credentials": {"$ref": {"block_document_id": str(uuid4())}}}),
+        (wait_for_tts, {"ticket": TICKET}),
+        (wait_for_tts, {"ticket": json.dumps(TICKET)}),
+        (text_to_speech_batch, {"lines": [{"id": "a", "text": "A."}], "shards": 2, "shard": 1}),
+        (text_to_speech_batch, {"lines": "lines.csv"}),
+        (text_to_speech_batch, {"table": "lines.csv", "advanced": {"resubmit": ["lost"]}}),
+        (collect_open_tickets, {"folders": ["audio"]}),
+    ],
+)
+def test_the_server_takes_parameters_flat_and_as_forms_send_them(flow: Flow[..., Any], parameters: Any) -> None:
+    assert is_valid(parameters, form_of(flow))
+
+
+def test_what_a_form_sends_is_what_the_flow_takes() -> None:
+    sent = {"text": "Hi.", "voice": "", "save_to": None, "advanced": {"take": 3, "poll": {"min_seconds": 1}}}
+    taken = text_to_speech.validate_parameters(sent)
+    assert (taken["text"], taken["take"], taken["poll"]) == ("Hi.", 3, PollSchedule(min_seconds=1))
+    assert (taken.get("voice"), taken.get("save_to", "audio")) == (None, "audio")
+    assert "advanced" not in taken
+
+    lines = [{"id": "a", "text": "A."}]
+    assert text_to_speech_batch.validate_parameters({"table": json.dumps(lines)})["lines"] == lines
+    assert text_to_speech_batch.validate_parameters({"table": "lines.csv"})["lines"] == "lines.csv"
+    assert wait_for_tts.validate_parameters({"ticket": json.dumps(TICKET)})["ticket"] == Ticket.model_validate(TICKET)
+
+
+@pytest.mark.parametrize(
+    ("flow", "parameters", "says"),
+    [
+        (text_to_speech_batch, {"table": '[{"id": "a"'}, "table: no JSON"),
+        (text_to_speech_batch, {}, "lines"),
+        (text_to_speech, {"text": "Hi.", "advanced": 3}, "advanced: this is no object"),
+        (text_to_speech, {"text": "Hi.", "advanced": {"takes": 3}}, "takes"),
+        (text_to_speech, {"text": "Hi.", "advanced": {"credentials": {"api_key": "k"}}}, "in clear"),
+        (wait_for_tts, {"ticket": "98b0d593"}, "not the ticket's JSON"),
+    ],
+)
+def test_what_a_form_cannot_mean_is_refused_with_a_word(flow: Flow[..., Any], parameters: Any, says: str) -> None:
+    with pytest.raises(Exception, match=says) as caught:
+        flow.validate_parameters(parameters)
+    assert isinstance(caught.value, ParameterTypeError | TypeError | ValueError)
+
+
+@pytest.mark.parametrize(
+    ("given", "is_kept"),
+    [
+        ("The ticket of today", True),
+        ("chapter-one", True),
+        ("Gorgeous-Deer", False),  # made up by the form of V2
+        ("nu973-norpin-v", False),  # by that of V1
+        (None, False),  # by the server
+    ],
+)
+async def test_the_name_of_a_run_is_made_only_where_nobody_has_given_one(
+    given: str | None, is_kept: bool, sandbox: Sandbox, credentials: NanoGPTCredentials, save_to: str
+) -> None:
+    await credentials.save("names", overwrite=True)
+    parameters = {
+        "text": "Hello.",
+        "save_to": save_to,
+        "credentials": "names",
+        "advanced": {"poll": {"min_seconds": 0.25}},
+    }
+    async with get_client() as client:
+        run: FlowRun = await client.create_flow_run(text_to_speech, parameters=parameters, name=given)
+        await run_flow(text_to_speech, flow_run=run)  # type: ignore[misc]
+        ended = await client.read_flow_run(run.id)
+
+    assert ended.state_name == "Completed"
+    assert ended.name == (given if is_kept else "tts-Elevenlabs-Turbo-V2.5-Hello.")

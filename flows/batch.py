@@ -278,7 +278,6 @@ class _Batch:
         self._manifest = Manifest(terms.ledger.destination)
         self._is_shard = is_shard
         self._table = Artifact("markdown", key)
-        self._progress = Artifact("progress", f"{key}-progress")
         self._shown_at = time.monotonic()
         self._entries: dict[str, Entry] = {}
         self._rows: dict[str, ManifestRow] = {}
@@ -388,7 +387,6 @@ class _Batch:
             failed = sum(not row.is_completed for row in self._rows.values())
             what = f"{len(self._rows)} of {len(self.lines)} lines, {failed} without audio"
             run_logger().info("%s.", what)
-            await self._progress.show(100.0 * len(self._rows) / len(self.lines), what)
             if len(self._rows) < len(self.lines):
                 await self._show()
         if self._manifest.is_due and not self._is_shard:

@@ -175,7 +175,7 @@ async def _places(folders: Sequence[str | PathLike[str]], elsewhere: str | None,
     places = {LedgerLabel(place=without_login(absolute(folder))): None for folder in named}
     filters: list[dict[str, Any]] = [{"flow_filter": FlowFilter(name={"any_": OWN_FLOWS})}]
     # Tasks in flows of other people's, and our flows under other names.
-    filters += [{"task_run_filter": TaskRunFilter(name={"like_": name})} for name in ("submit-tts", "poll", "say-")]
+    filters += [{"task_run_filter": TaskRunFilter(name={"like_": name})} for name in ("submit", "poll", "say ")]
     started = FlowRunFilter(start_time={"after_": since})
     async with get_client() as client:
         for filter in filters:

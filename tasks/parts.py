@@ -77,7 +77,7 @@ async def say_in_parts(
             if failures and not (failures[0].code == COST_LIMIT_EXCEEDED and known[part.id].is_paid):
                 return
             try:
-                said = await say_in_one_task(f"part-{number:04}", part, terms, steps, known[part.id])
+                said = await say_in_one_task(f"part {number} of {len(texts)}", part, terms, steps, known[part.id])
             except NanoGPTError as error:
                 error.message = f"Part {number} of {len(texts)}: {error.message}"
                 failures.append(error)

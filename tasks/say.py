@@ -34,7 +34,7 @@ SUBMISSIONS_AT_ONCE: Final = 16
 
 @task(
     name="say",
-    task_run_name="say-{name}",
+    task_run_name="say {name}",
     description="Submit a text, wait for its job and save the audio.",
     cache_policy=NO_CACHE,
     persist_result=False,
@@ -51,7 +51,7 @@ async def say_as_task(name: str, call: Callable[[], Awaitable[Said]]) -> Said | 
 
 
 async def say_in_one_task(name: str, job: Job, terms: Terms, steps: Steps, entry: Entry | None = None) -> Said:
-    """Get the audio of a job as `say` does, in a task run called `say-<name>`.
+    """Get the audio of a job as `say` does, in a task run called `say <name>`.
 
     Raises:
         NanoGPTError: As `say` does.

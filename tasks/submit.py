@@ -28,7 +28,7 @@ _LIMIT: Final[TypeAdapter[Any]] = TypeAdapter(Money | None)
 
 @task(
     name="submit-tts",
-    task_run_name="submit-tts",
+    task_run_name="submit",
     description="Submit a text to NanoGPT, once, and keep the ticket beside the audio.",
     retries=len(RETRY_DELAYS_SECONDS),
     retry_delay_seconds=RETRY_DELAYS_SECONDS,

@@ -148,9 +148,9 @@ async def test_one_task_run_a_line_named_by_its_end_and_the_failures_first_in_th
         )
     assert len(sandbox.requests("status")) > 4
     assert {(step.name, step.state_name) for step in steps} == {
-        ("say-line-000", "Completed"),
-        ("say-line-001", "Completed"),
-        ("say-bad", "CONTENT_POLICY_VIOLATION"),
+        ("say line-000", "Completed"),
+        ("say line-001", "Completed"),
+        ("say bad", "CONTENT_POLICY_VIOLATION"),
     }
     assert len(steps) == 3
     assert table.type == "markdown"

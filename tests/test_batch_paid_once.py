@@ -729,13 +729,13 @@ async def test_the_end_of_a_line_names_its_task_run_and_leaves_no_traceback(
     )
     steps = await ended_task_runs(state, 7)
     assert {step.name: step.state_name for step in steps} == {
-        "say-good": "Completed",
-        "say-uncertain": "SUBMISSION_UNCERTAIN",
-        "say-refused": "CONTENT_POLICY_VIOLATION",
-        "say-failed": "TTS_FAILED",
-        "say-slow": "TTS_TIMEOUT",
-        "say-page": "AUDIO_INVALID",
-        "say-gone": "AUDIO_UNAVAILABLE",
+        "say good": "Completed",
+        "say uncertain": "SUBMISSION_UNCERTAIN",
+        "say refused": "CONTENT_POLICY_VIOLATION",
+        "say failed": "TTS_FAILED",
+        "say slow": "TTS_TIMEOUT",
+        "say page": "AUDIO_INVALID",
+        "say gone": "AUDIO_UNAVAILABLE",
     }
     assert len(steps) == 7
     assert [record.getMessage() for record in caplog.records if record.exc_info and record.exc_info[0]] == []

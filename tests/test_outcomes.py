@@ -1,6 +1,7 @@
 """What `wait_for_tts` makes of whatever the provider does, row by row as `docs/outcomes.md` has it."""
 
 import gzip
+import logging
 import pickle
 import re
 import socket
@@ -17,7 +18,7 @@ import httpx
 import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
-from prefect import flow
+from prefect import flow, task
 from prefect.client.orchestration import get_client
 from prefect.client.schemas import FlowRun, State
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter, LogFilter, LogFilterFlowRunId
@@ -32,6 +33,7 @@ from prefect_nanogpt.flows import wait_for_tts
 from prefect_nanogpt.ledger import Ledger
 from prefect_nanogpt.models import AudioFile, PollSchedule, Ticket
 from prefect_nanogpt.polling import poll
+from prefect_nanogpt.report import Artifact as ReportArtifact
 from prefect_nanogpt.sandbox import Answer, Cut, Hang, Redirect, Sandbox, Slow
 from prefect_nanogpt.storage import Destination
 from tests.conftest import API_KEY, eventually
@@ -531,13 +533,49 @@ async def test_the_task_runs_say_which_poll_they_are_and_where_the_job_was(sandb
     assert sorted(run.name for run in polls) == ["poll 1, queue 3", "poll 2, queue 2", "poll 3"]
 
 
-async def test_the_progress_artifact_ends_at_a_hundred_percent(sandbox: Sandbox, wait: Waiter) -> None:
+async def test_a_run_has_one_artifact(sandbox: Sandbox, wait: Waiter) -> None:
     ticket = sandbox.add_job()
     sandbox.on_status(ticket["runId"], [pending(3), pending(1)])
 
-    [progress] = [artifact for artifact in await (await wait(ticket)).artifacts() if artifact.type == "progress"]
+    [report] = await (await wait(ticket)).artifacts()
 
-    assert progress.data == 100.0
+    assert (report.key, report.description) == ("tts-audio", "Speech ready")
+
+
+async def test_the_report_of_a_run_that_waits_says_where_its_job_is(
+    sandbox: Sandbox, wait: Waiter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticket = sandbox.add_job()
+    sandbox.on_status(ticket["runId"], [pending(3), pending(2)])
+    written: list[str] = []
+    show = ReportArtifact.show
+
+    async def keeping(self: ReportArtifact, data: str, *args: Any, **kwargs: Any) -> None:
+        written.append(data)
+        await show(self, data, *args, **kwargs)
+
+    monkeypatch.setattr(ReportArtifact, "show", keeping)
+    await wait(ticket)
+
+    assert [re.findall("place ([0-9]) in the queue", report) for report in written] == [[], ["3"], ["2"], []]
+
+
+async def test_the_log_has_no_line_of_a_step_that_has_just_ended_well(
+    sandbox: Sandbox, wait: Waiter, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    @task
+    def of_somebody_else() -> None:
+        pass
+
+    await wait(sandbox.add_job())
+    of_somebody_else()
+
+    ends = [record for record in caplog.records if "Finished in state Completed()" in record.getMessage()]
+    assert {getattr(record, "task_name", None) for record in ends if record.name == "prefect.task_runs"} == {
+        "of_somebody_else"
+    }
 
 
 async def test_every_status_call_carries_what_the_refund_goes_by(sandbox: Sandbox, wait: Waiter) -> None:

@@ -101,23 +101,18 @@ class Artifact:
         artifact: Its id, where it is there already.
     """
 
-    def __init__(self, kind: Literal["markdown", "table", "progress"], key: str, artifact: UUID | None = None) -> None:
+    def __init__(self, kind: Literal["markdown", "table"], key: str, artifact: UUID | None = None) -> None:
         self._kind = kind
         self._key = key
         self._artifact = artifact
         self._earlier = ""
 
-    @property
-    def is_there(self) -> bool:
-        """Whether it was written."""
-        return self._artifact is not None
-
     @only_to_look_at
-    async def show(self, data: str | float, description: str, *, keep_earlier: bool = False) -> None:
+    async def show(self, data: str, description: str, *, keep_earlier: bool = False) -> None:
         """Write it.
 
         Args:
-            data: The markdown, the table as JSON, or the progress in percent.
+            data: The markdown, or the table as JSON.
             description: The words beside it.
             keep_earlier: Whether what an earlier attempt had written is kept below the markdown.
         """
@@ -154,7 +149,7 @@ class Report:
     """The report of a run about one text. What is paid for is in the ledger; this only tells of it.
 
     Args:
-        key: The key of the markdown artifact; the progress artifact has `-progress` behind it.
+        key: The key of the markdown artifact.
         save_to: Where the audio is to go.
         text: What is said, where it is known.
 
@@ -169,10 +164,9 @@ class Report:
         self._save_to = SecretStr(save_to)  # it may have a password
         self._text = text
         self._artifact = Artifact("markdown", key)
-        self._progress = Artifact("progress", f"{key}-progress")
         self._is_done = False
         self._positions: list[tuple[float, int]] = []
-        self._started = time.monotonic()
+        self._started, self._since = time.monotonic(), datetime.now(UTC)
 
     @classmethod
     async def of_run(cls, flow_run_id: str, save_to: str, text: str | None) -> Report | None:
@@ -198,24 +192,22 @@ class Report:
     @only_to_look_at
     async def waiting(self) -> None:
         """Show what is paid for, before anything can happen to this process."""
-        self._started = time.monotonic()
-        await self._write(
-            "Speech under way",
-            f"Waiting since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC. If this run ends without audio, nothing is "
-            "lost: see below.",
-            self._job_facts(),
-            is_open=True,
+        self._started, self._since = time.monotonic(), datetime.now(UTC)
+        await self._tell_of_the_wait("")
+
+    async def _tell_of_the_wait(self, how_far: str) -> None:
+        note = (
+            f"Waiting since {self._since:%Y-%m-%d %H:%M:%S} UTC.{how_far} If this run ends without audio, nothing is "
         )
+        await self._write("Speech under way", f"{note}lost: see below.", self._job_facts(), is_open=True)
 
     @only_to_look_at
     async def progress(self, pending: Pending) -> None:
         """Show a job that is under way, by its place in the queue, which is all that the provider tells of it."""
-        done, what = 0.0, "Waiting for the audio."
-        if (position := pending.queue_position) is not None:
-            self._positions.append((time.monotonic() - self._started, position))
-            highest = max(position for _, position in self._positions)
-            done, what = 100.0 * (highest - position) / (highest + 1), f"Queue position {position}."
-        await self._progress.show(done, what)
+        if (position := pending.queue_position) is None:
+            return
+        self._positions.append((time.monotonic() - self._started, position))
+        await self._tell_of_the_wait(f" The job has place {position} in the queue.")
 
     @only_to_look_at
     async def finished(self, said: Said, place: Destination) -> None:
@@ -253,8 +245,6 @@ class Report:
         file_name = audio.location.rpartition("/")[2]
         links = (await links_to(place, [file_name])).get(file_name)
         await self._write("Speech ready", note, facts, pictures, links=links)
-        if self._progress.is_there:
-            await self._progress.show(100.0, "The audio is saved.")
 
     @only_to_look_at
     async def failed(self, error: NanoGPTError) -> None:

@@ -14,8 +14,7 @@ help: ## Show what can be made
 # What runs the package, and then, in the same environment, what the tests and the checks need besides.
 $(VENV)/.runs: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12"; exit 1; }
-	@echo "Making an environment in $(VENV)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/python || { echo "Making an environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "Installing Prefect, a speech engine and a decoder into it"
 	@$(PIP) --no-deps --require-hashes -r requirements.lock
 	@echo "Installing prefect-nanogpt from this folder"
@@ -28,7 +27,6 @@ $(VENV)/.installed: $(VENV)/.runs requirements-dev.lock
 	@touch $@
 
 demo: $(VENV)/.runs ## Say a sentence with the sandbox, tracked in Prefect, into audio/
-	@echo "Starting a Prefect server for one run, and saying a sentence"
 	@audio=$$($(BIN)/prefect-nanogpt say "Hello! This sentence went from a ticket to verified audio in a Prefect flow." --save-to audio) \
 	  && echo "Hear it in any player: $$audio"
 
@@ -37,7 +35,7 @@ test: $(VENV)/.installed ## Run the tests
 
 # uv looks for the Python, downloads it where there is none, and fails where it cannot.
 COMPAT := $(VENV)/compat
-COMPAT_TESTS := models client credentials limits polling automation deployment
+COMPAT_TESTS := models credentials outcomes deployment
 ON ?= 3.11
 VERSIONS ?= --constraints requirements-dev.lock
 compat: $(VENV)/.installed ## Test the wheel on another Python (ON=3.13), or the oldest versions (VERSIONS="--resolution lowest-direct")
@@ -47,7 +45,7 @@ compat: $(VENV)/.installed ## Test the wheel on another Python (ON=3.13), or the
 	  --requirements pyproject.toml --extra sandbox --extra audio --extra long --group test
 	$(BIN)/uv build --quiet --wheel --no-build-isolation --python $(BIN)/python --out-dir $(COMPAT) .
 	$(BIN)/uv pip install --quiet --python $(COMPAT) --no-deps $(COMPAT)/*.whl
-	$(COMPAT)/bin/python -m pytest $(COMPAT_TESTS:%=tests/test_%.py) $(PYTEST_ARGS)
+	$(COMPAT)/bin/python -m pytest -n 2 --dist loadfile $(COMPAT_TESTS:%=tests/test_%.py) $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.installed ## Answer every call with odd bytes that are new, for FUZZ_SECONDS a test
 	FUZZ_SECONDS=$(or $(FUZZ_SECONDS),120) $(BIN)/python -m pytest tests/test_fuzz.py $(PYTEST_ARGS)

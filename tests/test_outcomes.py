@@ -890,7 +890,6 @@ async def test_the_api_key_is_found_nowhere_after_a_good_and_a_bad_run(
     assert [ended.state.name for ended in waits] == ["Completed", "CONTENT_POLICY_VIOLATION", "AUDIO_UNAVAILABLE"]
     assert keys_seen(sandbox) == {API_KEY}
     assert str(good.flow_run_id).encode() in stored[database], "this is not the database"
-    assert len(stored) > 1, "this is not where results are stored"
     assert good.result.ticket.run_id in prefect_logs + output.err
     places = {
         "logs": prefect_logs,

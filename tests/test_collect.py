@@ -40,8 +40,8 @@ STATES = {
 
 @pytest.fixture
 def given_up(credentials: NanoGPTCredentials, save_to: str, quick: PollSchedule) -> dict[str, Any]:
-    """What a run is started with that does not wait for its job."""
-    return {"credentials": credentials, "save_to": save_to, "poll": quick, "timeout_seconds": 0.01}
+    """What a run is started with that looks once at its job: no look is as short as this wait."""
+    return {"credentials": credentials, "save_to": save_to, "poll": quick, "timeout_seconds": 1e-6}
 
 
 async def test_every_open_ticket_is_settled_once_and_the_rest_is_left_alone(

@@ -334,7 +334,7 @@ async def test_the_password_of_a_url_is_in_no_message_log_report_label_note_or_r
         save_to = str(tmp_path / "audio")
     sandbox.on_status(None, [{"status": "pending"}])
     states = [
-        await text_to_speech("Too late.", save_to=save_to, timeout_seconds=0.01, return_state=True, **say),
+        await text_to_speech("Too late.", save_to=save_to, timeout_seconds=1e-6, return_state=True, **say),
         await text_to_speech("[sandbox:reject] No.", save_to=save_to, return_state=True, **say),
         await text_to_speech("Good.", save_to=save_to, return_state=True, **say),
         await text_to_speech_batch(REFUSED, save_to=save_to, return_state=True, **say),
@@ -359,7 +359,7 @@ async def test_a_collection_needs_the_password_again_and_says_so(
     ftp.refuse_nameless()
     sandbox.on_status(None, [{"status": "pending"}])
     save_to = f"{url}/open"
-    await text_to_speech("Too late.", save_to=save_to, timeout_seconds=0.01, return_state=True, **say)
+    await text_to_speech("Too late.", save_to=save_to, timeout_seconds=1e-6, return_state=True, **say)
     [row] = [row for row in await collect_open_tickets(say["credentials"]) if without_login(save_to) in row.detail]
     assert row.outcome == "unreachable"
     assert "`folders`" in row.detail
@@ -377,7 +377,7 @@ async def test_a_ledger_elsewhere_is_found_by_its_setting_and_so_is_the_audio_be
     monkeypatch.setenv("NANOGPT_LEDGER", f"{url}/ledger")
     sandbox.on_status(None, [{"status": "pending"}])
     save_to = f"{url}/audio"
-    await text_to_speech("Too late.", save_to=save_to, timeout_seconds=0.01, return_state=True, **say)
+    await text_to_speech("Too late.", save_to=save_to, timeout_seconds=1e-6, return_state=True, **say)
     [charge] = sandbox.ledger.charges
     rows = await collect_open_tickets(say["credentials"], folders=[save_to])
     [row] = [row for row in rows if row.run_id == charge.run_id]

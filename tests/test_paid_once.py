@@ -59,7 +59,7 @@ from tests.conftest import API_KEY, eventually, files_in, start
 from tests.test_collect import report_of
 
 PENDING = {"status": "pending"}
-SOON = {"timeout_seconds": 0.01}
+SOON = {"timeout_seconds": 1e-6}
 """Gives up before the job is done, once its ticket is there."""
 
 

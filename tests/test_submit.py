@@ -124,7 +124,7 @@ async def test_a_job_that_failed_is_submitted_anew_once_an_attempt(sandbox: Sand
 
 async def test_an_attempt_after_a_timeout_waits_on_for_the_same_job(sandbox: Sandbox, say: dict[str, Any]) -> None:
     sandbox.on_status(None, [{"status": "pending"}])
-    audio = await text_to_speech.with_options(retries=1)("Slow, then done.", timeout_seconds=0.01, **say)
+    audio = await text_to_speech.with_options(retries=1)("Slow, then done.", timeout_seconds=1e-6, **say)
     assert (await last_run("Slow, then done")).run_count == 2
     assert len(sandbox.ledger.charges) == 1
     assert Path(audio.location).exists()
@@ -209,7 +209,7 @@ async def test_a_parent_that_is_run_again_pays_nothing_for_what_it_skips_or_repe
     async def scene(lines: list[str]) -> None:
         for line in lines:
             with pytest.raises(TTSTimeout):
-                await text_to_speech(line, timeout_seconds=0.01, **say)
+                await text_to_speech(line, timeout_seconds=1e-6, **say)
 
     @flow(retries=1)
     async def play() -> None:

@@ -10,22 +10,23 @@ state.
 On the other side: `prefect deploy --all` and `prefect worker start --pool nanogpt`, where this package is installed.
 """
 
+import asyncio
 import sys
 
 from prefect import flow
-from prefect.deployments import run_deployment
+from prefect.deployments import arun_deployment
 
 
 @flow
-def greet(text: str, folder: str) -> str:
+async def greet(text: str, folder: str) -> str:
     """Have a text spoken by the deployment, and return where the audio is."""
-    speech = run_deployment("text-to-speech/text-to-speech", parameters={"text": text, "save_to": folder})
+    speech = await arun_deployment("text-to-speech/text-to-speech", parameters={"text": text, "save_to": folder})
     if not speech.state or not speech.state.is_completed():
         raise RuntimeError(f"{speech.name}: {speech.state and speech.state.message}")
-    audio = speech.state.result()
+    audio = await speech.state.aresult()
     print(f"{audio['duration_seconds']} s of speech, which cost {audio['cost']} {audio['currency']}.")
     return str(audio["location"])
 
 
 if __name__ == "__main__":
-    print(greet(*sys.argv[1:]))
+    print(asyncio.run(greet(*sys.argv[1:])))

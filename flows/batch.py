@@ -207,7 +207,7 @@ async def text_to_speech_batch(
         if batch.todo:
             async with nanogpt_client(credentials) as client:
                 client.requests_per_second = requests_per_second
-                budget = await batch.budget(max_cost, client)
+                budget = await batch.budget(cast(Decimal | None, max_cost), client)
                 if shards > 1 and shard is None and batch.refusal is None:
                     await _run_in_shards(batch, budget, shards, shard_deployment, credentials)
                 else:

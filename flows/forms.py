@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from decimal import Decimal
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 from uuid import UUID
 
@@ -17,12 +18,12 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import ParameterTypeError
 from prefect.runtime import flow_run as this_flow_run
 from prefect.utilities.callables import get_parameter_defaults, parameter_schema
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, GetPydanticSchema, WithJsonSchema
 from pydantic.json_schema import NoDefault
 
 from prefect_nanogpt.credentials import KEY_IN_CLEAR, MASK, NanoGPTCredentials, has_key_in_clear
 from prefect_nanogpt.lines import usable
-from prefect_nanogpt.models import LARGEST_TAKE, Money, PollSchedule
+from prefect_nanogpt.models import LARGEST_TAKE, Money, PollSchedule, Ticket
 from prefect_nanogpt.tables import read_json
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "DocumentedModel",
     "FileName",
     "Lines",
+    "PaidTicket",
     "Resubmitted",
     "SaveTo",
     "Schedule",
@@ -49,6 +51,11 @@ R = TypeVar("R")
 def titled(title: str, **constraints: Any) -> Any:
     """Give a parameter a title. Prefect titles it by its name, but merges the extra schema over that."""
     return Field(json_schema_extra={"title": title}, **constraints)
+
+
+def _read_as(kind: Any) -> GetPydanticSchema:
+    """Make a value of one type, and accept for type checkers all that is read as one."""
+    return GetPydanticSchema(lambda _, handler: handler(kind))
 
 
 def _lines(lines: Any) -> Any:
@@ -89,7 +96,8 @@ FileName = Annotated[str | None, titled("File name", min_length=1, max_length=10
 Credentials = Annotated[NanoGPTCredentials | str | None, titled("Credentials")]
 TimeoutSeconds = Annotated[float, titled("Timeout, in seconds", gt=0, le=LONGEST_TIMEOUT_SECONDS, allow_inf_nan=False)]
 Schedule = Annotated[PollSchedule, titled("Poll schedule")]
-CostLimit = Annotated[Money | None, titled("Cost limit, in USD")]
+CostLimit = Annotated[Decimal | float | str | None, _read_as(Money | None), titled("Cost limit, in USD")]
+PaidTicket = Annotated[Ticket | Mapping[str, Any] | str, _read_as(Ticket), titled("Ticket")]
 Take = Annotated[int, titled("Take", ge=1, le=LARGEST_TAKE)]
 Resubmitted = Annotated[Sequence[Literal["uncertain", "lost", "refused"]], titled("Resubmit")]
 ArtifactKey = Annotated[str, titled("Artifact key", pattern=r"^[a-z0-9-]+$")]

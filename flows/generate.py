@@ -1,6 +1,7 @@
 """From text to verified audio, paid for once."""
 
 import textwrap
+from decimal import Decimal
 from typing import Annotated, Any, cast
 
 from prefect import flow
@@ -148,7 +149,7 @@ async def text_to_speech(
         ```
     """
     keep_result()
-    save_to = absolute(save_to)
+    save_to, cost_limit = absolute(save_to), cast(Decimal | None, max_cost)
     report = Report(artifact_key, save_to, text=text)
     try:
         named = {"voice": voice, "speed": speed, "response_format": response_format}
@@ -165,9 +166,9 @@ async def text_to_speech(
                     plan = await ledger.run(ledger.plan, job.id)
                     limit = await _longest_part(job, plan, ledger, entry, max_chars, client)
                     if limit is not None and units(text.strip()) > limit:
-                        said = await say_in_parts(job, terms, limit, plan, client, max_cost, report)
+                        said = await say_in_parts(job, terms, limit, plan, client, cost_limit, report)
                     else:
-                        said = await say(job, terms, TaskSteps(terms, credentials, report, max_cost))
+                        said = await say(job, terms, TaskSteps(terms, credentials, report, cost_limit))
             run_logger().info("The audio is at %s.", said.audio.location)
             await report.finished(said, ledger.destination)
             return said.audio

@@ -1,7 +1,7 @@
 """From a ticket to verified audio."""
 
 from dataclasses import replace
-from typing import Annotated, cast
+from typing import cast
 
 from prefect import flow
 from prefect.runtime import flow_run as this_flow_run
@@ -14,11 +14,11 @@ from prefect_nanogpt.flows.forms import (
     ArtifactKey,
     Credentials,
     FileName,
+    PaidTicket,
     SaveTo,
     Schedule,
     TimeoutSeconds,
     has_form,
-    titled,
 )
 from prefect_nanogpt.job import Said, Terms, find, say
 from prefect_nanogpt.ledger import Job
@@ -46,7 +46,7 @@ def run_name() -> str:
     result_serializer=PLAIN_JSON,
 )
 async def wait_for_tts(
-    ticket: Annotated[Ticket, titled("Ticket")],
+    ticket: PaidTicket,
     save_to: SaveTo = "audio",
     credentials: Credentials = None,
     timeout_seconds: TimeoutSeconds = 600.0,
@@ -93,6 +93,7 @@ async def wait_for_tts(
         ```
     """
     keep_result()
+    ticket = Ticket.model_validate(ticket)
     save_to = absolute(save_to)
     report = Report(artifact_key, save_to)
     report.ticket = ticket

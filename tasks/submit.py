@@ -44,7 +44,7 @@ async def submit_tts(
     *,
     take: int = 1,
     resubmit: Collection[Resubmit] = (),
-    max_cost: Decimal | None = None,
+    max_cost: Decimal | float | str | None = None,
     name: str | None = None,
 ) -> Submission:
     """Submit a text, and pay for it once, whoever asks for it again, and whatever dies when.
@@ -88,7 +88,7 @@ async def submit_tts(
         ```
     """
     try:
-        take, max_cost = _TAKE.validate_python(take), _LIMIT.validate_python(max_cost)
+        take, limit = _TAKE.validate_python(take), _LIMIT.validate_python(max_cost)
     except ValidationError as error:
         problems = "; ".join(problems_in(error))
         raise NanoGPTError(f"take or max_cost: {problems}. Nothing was submitted.", code="INVALID_REQUEST") from None
@@ -98,8 +98,8 @@ async def submit_tts(
         assert job.request is not None
         entry = await ledger.run(ledger.entry, job.id)
         budget = None
-        if max_cost is not None and not entry.is_answered:
-            budget = Budget(max_cost, ledger, client)
+        if limit is not None and not entry.is_answered:
+            budget = Budget(limit, ledger, client)
             await budget.count([(job, entry)])
             await budget.read_prices([job])
             if would_be_submitted(entry, resubmit) and (refusal := budget.refusal_of([job])):

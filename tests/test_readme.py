@@ -1,4 +1,4 @@
-"""What the README shows is run as it stands there."""
+"""What the README and the other documents show is run as it stands there."""
 
 import importlib.util
 import os
@@ -14,15 +14,22 @@ from prefect_nanogpt.sandbox import Sandbox
 from tests.conftest import API_KEY
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-SNIPPETS = {
-    language: re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-    for language in ("python", "sh")
-}
+# What the reference shows is of the docstrings, which tests/test_types.py checks.
+DOCUMENTS = sorted(
+    {ROOT / "README.md", ROOT / "SECURITY.md", *(ROOT / "docs").glob("*.md")} - {ROOT / "docs/reference.md"}
+)
+
+
+def snippets(language: str, *documents: Path) -> list[str]:
+    pattern = re.compile(rf"^```{language}\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+    return [snippet for document in documents for snippet in pattern.findall(document.read_text())]
+
+
 ELSEWHERE = {
     "make demo": "a clean clone",
     'pip install ".[sandbox,audio,long]"': "the wheel's test",
     "prefect worker start": "the deployment's test",
+    "prefect gcl create": "the tests of the limits, which create it in another way",
     "prefect-nanogpt serve": "the browser's test",
     "prefect-nanogpt deploy": "the tests of deploying",
 }
@@ -45,8 +52,8 @@ def first_line_of_interest(snippet: str) -> str:
     return lines[0][:50]
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS["python"], ids=first_line_of_interest)
-def test_the_python_of_the_readme_runs(snippet: str, env: dict[str, str], sandbox: Sandbox, tmp_path: Path) -> None:
+@pytest.mark.parametrize("snippet", snippets("python", *DOCUMENTS), ids=first_line_of_interest)
+def test_the_python_runs(snippet: str, env: dict[str, str], sandbox: Sandbox, tmp_path: Path) -> None:
     if ".save(" in snippet:
         # The saved block would win over the environment in every other test.
         snippet = snippet.replace('"default"', '"from-the-readme"')
@@ -55,13 +62,14 @@ def test_the_python_of_the_readme_runs(snippet: str, env: dict[str, str], sandbo
     )
     assert done.returncode == 0, done.stderr
     if "print(" in snippet:
-        location = done.stdout.splitlines()[-1].split()[0]
+        assert done.stdout.strip()
+    for location in re.findall(r"/\S+", done.stdout):
         assert Path(location).is_relative_to(tmp_path / "audio")
         assert Path(location).stat().st_size > 1_000
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS["sh"], ids=first_line_of_interest)
-def test_the_commands_of_the_readme_run(snippet: str, env: dict[str, str], sandbox: Sandbox) -> None:
+@pytest.mark.parametrize("snippet", snippets("sh", *DOCUMENTS), ids=first_line_of_interest)
+def test_the_commands_run(snippet: str, env: dict[str, str], sandbox: Sandbox) -> None:
     run_id = "98b0d593-fe8d-49b8-89c9-233022232297"
     sandbox.add_job(run_id=run_id)
     for command in snippet.splitlines():

@@ -100,15 +100,16 @@ class NanoGPTCredentials(CredentialsBlock):
         ledger_login: The login of the ledger's URL, likewise.
 
     Example:
-        Load stored credentials and look at a job:
+        Save them as a block once, and have it used by its name:
 
         ```python
-        from prefect_nanogpt import NanoGPTCredentials
-        from prefect_nanogpt.models import Ticket
+        from pydantic import SecretStr
 
-        credentials = NanoGPTCredentials.load("BLOCK_NAME")
-        async with credentials.get_client() as client:
-            status = await client.status(Ticket(run_id="98b0d593", model="Elevenlabs-Turbo-V2.5"))
+        from prefect_nanogpt import NanoGPTCredentials
+        from prefect_nanogpt.sync import text_to_speech
+
+        NanoGPTCredentials(api_key=SecretStr("sk-nano-…")).save("studio")
+        audio = text_to_speech("Hello!", credentials="studio")
         ```
     """
 
@@ -126,7 +127,7 @@ class NanoGPTCredentials(CredentialsBlock):
         examples=["sk-nano-..."],
     )
     base_url: str = Field(
-        DEFAULT_BASE_URL,
+        default=DEFAULT_BASE_URL,
         title="Base URL",
         description="The root of the API; change it for a proxy or the sandbox.",
         pattern=r"^https?://[^\s/?#]+\S*$",
@@ -138,23 +139,23 @@ class NanoGPTCredentials(CredentialsBlock):
         "*.audio.internal, addresses, or networks such as 198.18.0.0/15.",
     )
     ledger: str | None = Field(
-        None,
+        default=None,
         title="Ledger",
         description="A folder or URL for the record of what is paid for, where save_to is a temporary folder.",
     )
     public_url: str | None = Field(
-        None,
+        default=None,
         title="Public URL",
         description="Where people reach what is saved, for the links in reports, such as "
         "https://cdn.example.org/{path}. {path} is the path in the bucket, {bucket} the bucket, {name} the file.",
     )
     base_url_login: SecretStr | None = Field(
-        None,
+        default=None,
         title="Login of the base URL",
         description="user:password, as they are, for a proxy in front of the API. A login in the URL is moved here.",
     )
     ledger_login: SecretStr | None = Field(
-        None,
+        default=None,
         title="Login of the ledger",
         description="user:password, as they are, for the ledger's URL. A login in the URL is moved here.",
     )

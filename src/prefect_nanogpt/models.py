@@ -131,7 +131,8 @@ class Ticket(BaseModel):
     model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True, frozen=True, protected_namespaces=())
 
     run_id: str = Field(
-        alias="runId",
+        validation_alias="runId",
+        serialization_alias="runId",
         min_length=1,
         max_length=512,
         title="Run id",
@@ -140,16 +141,20 @@ class Ticket(BaseModel):
     model: Word = Field(
         min_length=1, title="Model", description="The model the job was submitted to, exactly as submitted."
     )
-    cost: Money | None = Field(None, title="Cost", description="What was charged, in the unit of the payment source.")
+    cost: Money | None = Field(
+        default=None, title="Cost", description="What was charged, in the unit of the payment source."
+    )
     payment_source: Word | None = Field(
-        None,
-        alias="paymentSource",
+        default=None,
+        validation_alias="paymentSource",
+        serialization_alias="paymentSource",
         title="Payment source",
         description="What was charged from, such as USD or XNO.",
     )
     is_api_request: bool = Field(
-        True,
-        alias="isApiRequest",
+        default=True,
+        validation_alias="isApiRequest",
+        serialization_alias="isApiRequest",
         title="API request",
         description="Whether the job was submitted through the API.",
     )
@@ -200,18 +205,20 @@ class TTSRequest(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
 
     text: str = Field(description="What to say.")
-    model: Word = Field(DEFAULT_MODEL, min_length=1, description="The provider's model id.")
-    voice: str | None = Field(None, description="A voice of the model; the provider chooses where it is left out.")
-    speed: float | None = Field(None, ge=0.1, le=5, description="Speaking rate, 1 is normal.")
-    response_format: str | None = Field(None, description="mp3, opus, aac, flac or wav; OpenAI models only.")
-    instructions: str | None = Field(None, description="How to say it, in words; few models follow it.")
-    stability: float | None = Field(None, ge=0, le=1, description="ElevenLabs: evenness of the voice.")
-    similarity_boost: float | None = Field(None, ge=0, le=1, description="ElevenLabs: closeness to the voice.")
-    style: float | None = Field(None, ge=0, le=1, description="ElevenLabs: exaggeration of the style.")
-    language: str | None = Field(None, description="The language, in the model's own vocabulary.")
-    prompt: str | None = Field(None, description="Qwen: a style prompt.")
-    reference_text: str | None = Field(None, description="Qwen: what the reference voice says.")
-    speaker_voice_embedding_file_url: str | None = Field(None, description="Qwen: URL of a cloned voice.")
+    model: Word = Field(default=DEFAULT_MODEL, min_length=1, description="The provider's model id.")
+    voice: str | None = Field(
+        default=None, description="A voice of the model; the provider chooses where it is left out."
+    )
+    speed: float | None = Field(default=None, ge=0.1, le=5, description="Speaking rate, 1 is normal.")
+    response_format: str | None = Field(default=None, description="mp3, opus, aac, flac or wav; OpenAI models only.")
+    instructions: str | None = Field(default=None, description="How to say it, in words; few models follow it.")
+    stability: float | None = Field(default=None, ge=0, le=1, description="ElevenLabs: evenness of the voice.")
+    similarity_boost: float | None = Field(default=None, ge=0, le=1, description="ElevenLabs: closeness to the voice.")
+    style: float | None = Field(default=None, ge=0, le=1, description="ElevenLabs: exaggeration of the style.")
+    language: str | None = Field(default=None, description="The language, in the model's own vocabulary.")
+    prompt: str | None = Field(default=None, description="Qwen: a style prompt.")
+    reference_text: str | None = Field(default=None, description="Qwen: what the reference voice says.")
+    speaker_voice_embedding_file_url: str | None = Field(default=None, description="Qwen: URL of a cloned voice.")
 
     @model_validator(mode="before")
     @classmethod
@@ -413,7 +420,7 @@ class Completed(BaseModel):
 
     audio_url: str
     content_type: Word | None = None
-    duration_seconds: float | None = Field(None, ge=0, le=LONGEST_DURATION_SECONDS, allow_inf_nan=False)
+    duration_seconds: float | None = Field(default=None, ge=0, le=LONGEST_DURATION_SECONDS, allow_inf_nan=False)
     cost: Money | None = None
     currency: Word | None = None
 
@@ -511,7 +518,7 @@ class AudioFile(BaseModel):
     size_bytes: int
     sha256: str
     duration_seconds: float | None = None
-    peaks: tuple[int, ...] = Field((), repr=False)
+    peaks: tuple[int, ...] = Field(default=(), repr=False)
     is_decoded: bool = False
     source_url: str | None = None
     ticket: Ticket | None = None

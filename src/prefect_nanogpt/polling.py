@@ -35,28 +35,28 @@ class PollSchedule(BaseModel):
     model_config = ConfigDict(frozen=True, title="Poll schedule")
 
     min_seconds: float = Field(
-        0.8,
+        default=0.8,
         ge=SHORTEST_PAUSE_SECONDS,
         le=LONGEST_PAUSE_SECONDS,
         title="Shortest pause, in seconds",
         description="The shortest pause between two status calls, in seconds; at least 0.25.",
     )
     max_seconds: float = Field(
-        5.0,
+        default=5.0,
         ge=SHORTEST_PAUSE_SECONDS,
         le=LONGEST_PAUSE_SECONDS,
         title="Longest pause, in seconds",
         description="The longest pause between two status calls, in seconds.",
     )
     growth: float = Field(
-        0.8,
+        default=0.8,
         ge=0,
         le=LONGEST_PAUSE_SECONDS,
         title="Growth",
         description="The pause is this times the square root of the seconds waited so far.",
     )
     jitter: float = Field(
-        0.1,
+        default=0.1,
         ge=0,
         lt=1,
         title="Jitter",

@@ -53,6 +53,8 @@ class Sandbox:
 
     Example:
         ```python
+        from prefect_nanogpt.sandbox import Answer, Sandbox
+
         with Sandbox(job_seconds=0) as sandbox:
             ticket = sandbox.add_job(text="Hello")
             sandbox.on_status(ticket["runId"], [Answer(status=503), {"status": "processing"}])

@@ -1,8 +1,8 @@
 """A flow without `async` that needs speech.
 
-Shows how to call a flow of this package from ordinary synchronous code: `asyncio.run`, nothing of Prefect's own. The
-speech is still a child run of this flow, and a refused text is still an exception that can be caught by its type.
-(Inside an `async` flow there is a loop already: await the speech there.)
+Shows how to call a flow of this package from ordinary synchronous code, with `prefect_nanogpt.sync`. The
+speech is a child run of this flow, and a refused text an exception that can be caught by its type. (An `async` flow
+awaits `prefect_nanogpt.flows.text_to_speech` instead.)
 
     # prefect-nanogpt, installed as the README says
     prefect-nanogpt sandbox &
@@ -10,12 +10,10 @@ speech is still a child run of this flow, and a refused text is still an excepti
     python sync_pipeline.py
 """
 
-import asyncio
-
 from prefect import flow, task
 
 from prefect_nanogpt.errors import ContentPolicyViolation
-from prefect_nanogpt.flows import text_to_speech
+from prefect_nanogpt.sync import text_to_speech
 
 HARMLESS = "Today's headline cannot be read aloud."
 
@@ -31,9 +29,9 @@ def morning_news(headlines: list[str]) -> str:
     """Have a headline read aloud, or say that it could not be."""
     headline = pick_headline(headlines)
     try:
-        audio = asyncio.run(text_to_speech(headline))
+        audio = text_to_speech(headline)
     except ContentPolicyViolation:
-        audio = asyncio.run(text_to_speech(HARMLESS))
+        audio = text_to_speech(HARMLESS)
     return audio.location
 
 

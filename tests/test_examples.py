@@ -2,17 +2,21 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
+from base64 import b64decode
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from shutil import copy, copytree
 from typing import Any, NamedTuple
 from uuid import UUID
 
+import nbformat
 import pytest
 from imageio_ffmpeg import get_ffmpeg_exe
+from nbclient import NotebookClient
 from prefect.client.orchestration import get_client
 from prefect.client.schemas import FlowRun
 from prefect.client.schemas.actions import WorkPoolCreate
@@ -191,6 +195,19 @@ def test_a_sync_flow_has_its_speech_as_a_child_run(in_folder: Path, sandbox: San
         )
     assert sorted(str(child.state_name) for child in children) == ["CONTENT_POLICY_VIOLATION", "Completed"]
     assert len(sandbox.ledger.charges) == 2
+
+
+def test_the_notebook_speaks(in_folder: Path) -> None:
+    notebook = nbformat.read(EXAMPLES / "notebook.ipynb", as_version=4)  # type: ignore[no-untyped-call]
+    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(in_folder)}}).execute()
+    shown = [dict(output) for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    players = [player for output in shown if (player := output.get("data", {}).get("text/html", "")).count("<audio")]
+    played = [b64decode(re.findall(r"base64,([^\"]+)", player)[0]) for player in players]
+    files = [path.read_bytes() for path in (in_folder / "audio").glob("*.mp3")]
+    assert len(played) == 3
+    assert sorted(played) == sorted(files)
+    printed = [output["text"] for output in shown if output["output_type"] == "stream" and output["name"] == "stdout"]
+    assert printed[-1] == "CONTENT_POLICY_VIOLATION\n"
 
 
 def test_a_table_of_dialogue_becomes_a_file_for_each_line(in_folder: Path, sandbox: Sandbox) -> None:

@@ -28,7 +28,7 @@ $(VENV)/.installed: $(VENV)/.runs requirements-dev.lock
 
 demo: $(VENV)/.runs ## Say a sentence with the sandbox, tracked in Prefect, into audio/
 	@audio=$$($(BIN)/prefect-nanogpt say "Hello! This sentence went from a ticket to verified audio in a Prefect flow." --save-to audio) \
-	  && echo "Hear it in any player: $$audio"
+	  && echo "Hear it in any player: $$audio" && echo "or in a browser: $(BIN)/prefect-nanogpt listen --folder audio"
 
 test: $(VENV)/.installed ## Run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)

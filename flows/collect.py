@@ -139,7 +139,8 @@ async def collect_open_tickets(
                 await asyncio.to_thread(Destination, folder)
         async with nanogpt_client(credentials) as client:
             client.requests_per_second = REQUESTS_PER_SECOND
-            elsewhere = Ledger.elsewhere((await places_of(credentials)).ledger)
+            known = await places_of(credentials)
+            elsewhere = Ledger.elsewhere(known.ledger)
             places = await _places(folders, elsewhere, since)
             # Labels and notes leave the logins of URLs out.
             given = {
@@ -148,7 +149,9 @@ async def collect_open_tickets(
             found, rows = await _look_through(places, given, client.base_url, since)
             run_logger().info("%d open jobs in %d ledgers.", len(found), len(places))
             gate = asyncio.Semaphore(JOBS_AT_ONCE)
-            rows += await asyncio.gather(*(_collect(same, client, gate, refusals) for same in _by_run_id(found)))
+            rows += await asyncio.gather(
+                *(_collect(same, client, known.public_url, gate, refusals) for same in _by_run_id(found))
+            )
     except NanoGPTError as error:
         return cast(list[CollectedTicket], await failed(error, final=not error.retryable))
     table = [
@@ -324,12 +327,16 @@ def _by_run_id(found: Sequence[_Open]) -> list[list[_Open]]:
 
 
 async def _collect(
-    same: Sequence[_Open], client: NanoGPTClient, gate: asyncio.Semaphore, refusals: list[NanoGPTError]
+    same: Sequence[_Open],
+    client: NanoGPTClient,
+    public_url: str | None,
+    gate: asyncio.Semaphore,
+    refusals: list[NanoGPTError],
 ) -> CollectedTicket:
     """Settle the places that wait for a job, and tell of the one that is worst off, with all of them in the detail."""
     first = same[0]
     async with gate:
-        ends = list(dict.fromkeys([await _settle(found, client, refusals) for found in same]))
+        ends = list(dict.fromkeys([await _settle(found, client, public_url, refusals) for found in same]))
     outcome = max((outcome for outcome, _ in ends), key=get_args(Outcome).index)
     detail = ends[0][1] if len(ends) == 1 else "; ".join(f"{outcome}: {detail}" for outcome, detail in ends)
     run_id = first.ticket.run_id if first.ticket else None
@@ -376,13 +383,16 @@ def _where_audio_goes(found: _Open) -> tuple[Ledger, NanoGPTError | None]:
     return Ledger(place, found.ledger.destination), out_of_reach
 
 
-async def _settle(found: _Open, client: NanoGPTClient, refusals: list[NanoGPTError]) -> tuple[Outcome, str]:
+async def _settle(
+    found: _Open, client: NanoGPTClient, public_url: str | None, refusals: list[NanoGPTError]
+) -> tuple[Outcome, str]:
     """Poll a job once, note what came of it, and bring the report of its run up to date."""
     if refusals:
         return "failed", str(refusals[0])
     ledger, out_of_reach = found.ledger, None
     try:
         ledger, out_of_reach = await asyncio.to_thread(_where_audio_goes, found)
+        ledger.destination.public_url = public_url
         terms = Terms(ledger)
         audio = await settle(found.job, terms, _Steps(terms, client, out_of_reach), found.entry)
     except SubmissionUncertain as error:

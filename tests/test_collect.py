@@ -119,10 +119,12 @@ async def test_the_report_of_a_collected_run_tells_where_the_audio_is(
     sandbox.on_status(None, [PENDING])
     state = await text_to_speech("A text worth keeping.", **given_up, return_state=True)
     assert state.name == "TTS_TIMEOUT"
-    [row] = rows_of(await collect_open_tickets(credentials), sandbox)
+    public = credentials.model_copy(update={"public_url": "https://cdn.example.org/{name}"})
+    [row] = rows_of(await collect_open_tickets(public), sandbox)
     [file] = files_in(save_to)
     assert (row.outcome, row.detail) == ("saved", str(file))
     report = await report_of(state.state_details.flow_run_id)
+    assert f"https://cdn.example.org/{file.name}" in report
     assert str(file) in report
     assert "A text worth keeping" in report
 

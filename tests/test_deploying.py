@@ -19,7 +19,7 @@ import yaml
 
 from prefect_nanogpt.sandbox import Accept, Sandbox
 from tests.conftest import API_KEY, free_port, wait_for, wait_for_server
-from tests.test_installed import Installation, installed
+from tests.test_installed import COMMAND, Installation, installed
 
 __all__ = ["installed"]
 
@@ -60,7 +60,7 @@ class Machine:
         )
 
     def command(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return self.run("prefect_nanogpt_command_of_tests", *arguments, **environment)
+        return self.run(COMMAND, *arguments, **environment)
 
     def api(self, method: str, path: str, body: Any = None) -> Any:
         # SQLite has one writer at a time, and Prefect answers 503 to another that it kept waiting.
@@ -110,9 +110,7 @@ class Machine:
 
     @contextmanager
     def serving(self, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-        with self.process(
-            "prefect_nanogpt_command_of_tests", "serve", "--listen-port", "0", *arguments, **environment
-        ) as process:
+        with self.process(COMMAND, "serve", "--listen-port", "0", *arguments, **environment) as process:
             wait_for(lambda: "Audio goes to" in self.log or process.poll() is not None)
             assert process.poll() is None, self.log
             yield process
@@ -125,9 +123,6 @@ class Machine:
 @pytest.fixture
 def empty(installed: Installation, tmp_path: Path) -> Machine:
     """A machine on which nothing has been started."""
-    # What the script that pip makes does, for any interpreter.
-    script = installed.packages / "prefect_nanogpt_command_of_tests.py"
-    script.write_text("import sys\nfrom prefect_nanogpt_command import main\nsys.exit(main())\n")
     return Machine(installed, tmp_path)
 
 

@@ -29,6 +29,8 @@ NOT_OF_A_CHECKOUT = shutil.ignore_patterns(
     ".git", ".venv", ".node_modules", "audio", "build", "dist", "*.egg-info", "__pycache__", ".*_cache"
 )
 POOL = "nanogpt"
+COMMAND = "prefect_nanogpt_command_of_tests"
+"""A module that does what the script does that pip makes, for any interpreter."""
 
 pytestmark = pytest.mark.xdist_group("installed")
 
@@ -84,6 +86,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installation:
     [built] = place.glob("*.whl")
     install = ["--python", str(python), "install", "--no-deps", "--no-index", str(built)]
     subprocess.run([*pip, *install], env=without_python(), check=True)
+    (packages / f"{COMMAND}.py").write_text("import sys\nfrom prefect_nanogpt_command import main\nsys.exit(main())\n")
     return Installation(python, packages, checkout)
 
 

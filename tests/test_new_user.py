@@ -20,7 +20,7 @@ from playwright.sync_api import Page, expect
 
 from tests.conftest import free_port, wait_for
 from tests.s3_server import NOBODY, S3Server
-from tests.test_installed import Installation, installed, without_python
+from tests.test_installed import COMMAND, Installation, installed, without_python
 from tests.test_ui import CHROMIUM, SCREENSHOTS, Served, browser, page, photograph, start_from_the_form, ui
 
 __all__ = ["browser", "installed", "page", "ui"]
@@ -64,13 +64,11 @@ def s3_of_a_friend() -> Iterator[S3Server]:
 def served(installed: Installation, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     home = tmp_path_factory.mktemp("home")
     port = free_port()
-    script = installed.packages / "prefect_nanogpt_command_of_tests.py"
-    script.write_text("import sys\nfrom prefect_nanogpt_command import main\nsys.exit(main())\n")
     ours = ("PREFECT", "NANOGPT", "AWS")
     environment = {name: value for name, value in without_python().items() if not name.startswith(ours)}
     with (home / "log").open("w") as log:
         process = subprocess.Popen(
-            [installed.python, "-m", script.stem, "serve", "--port", str(port), "--listen-port", "0"],
+            [installed.python, "-m", COMMAND, "serve", "--port", str(port), "--listen-port", "0"],
             cwd=folder,
             env={**environment, "HOME": str(home), "PREFECT_RUNNER_POLL_FREQUENCY": "1"},
             stdout=subprocess.DEVNULL,

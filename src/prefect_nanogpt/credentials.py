@@ -100,16 +100,15 @@ class NanoGPTCredentials(CredentialsBlock):
         ledger_login: The login of the ledger's URL, likewise.
 
     Example:
-        Save them as a block once, and have it used by its name:
+        Load a block that was saved. Its name will do too, as `credentials="nanogpt-credentials/BLOCK_NAME"`.
 
         ```python
-        from pydantic import SecretStr
-
         from prefect_nanogpt import NanoGPTCredentials
         from prefect_nanogpt.sync import text_to_speech
 
-        NanoGPTCredentials(api_key=SecretStr("sk-nano-…")).save("studio")
-        audio = text_to_speech("Hello!", credentials="studio")
+        credentials = NanoGPTCredentials.load("BLOCK_NAME")
+        assert isinstance(credentials, NanoGPTCredentials)  # for type checkers, since load can be awaited too
+        audio = text_to_speech("Hello!", credentials=credentials)
         ```
     """
 

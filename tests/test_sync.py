@@ -8,12 +8,12 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
-from prefect import flow, task
+from prefect import flow, task, unmapped
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun
 
-from prefect_nanogpt import NanoGPTCredentials, flows, sync
+from prefect_nanogpt import NanoGPTCredentials, flows, sync, tasks
 from prefect_nanogpt.errors import ContentPolicyViolation, NanoGPTError
 from prefect_nanogpt.models import Completed, Ticket, TTSRequest
 from prefect_nanogpt.sandbox import Accept, Sandbox
@@ -139,3 +139,24 @@ def test_ctrl_c_waits_for_the_ticket_of_a_submission_that_has_left(tmp_path: Pat
         [charge] = sandbox.ledger.charges
     notes = [path.read_text() for path in (tmp_path / ".nanogpt").rglob("*answer*")]
     assert [charge.run_id in note for note in notes] == [True]
+
+
+def test_tasks_are_submitted_and_mapped_in_a_sync_flow(
+    save_to: str, credentials: NanoGPTCredentials, sandbox: Sandbox
+) -> None:
+    @flow
+    def parent(texts: list[str]) -> list[str]:
+        terms = {"save_to": unmapped(save_to), "credentials": unmapped(credentials)}
+        requests = [TTSRequest(text=text) for text in texts]
+        tickets = tasks.submit_tts.map(requests, **terms).result()
+        statuses = tasks.get_tts_status.map(tickets, credentials=unmapped(credentials))
+        names = [ticket.run_id for ticket in tickets]
+        audio = [
+            tasks.save_audio.submit(status, name, save_to, credentials)
+            for status, name in zip(statuses, names, strict=True)
+        ]
+        return [saved.result().location for saved in audio]
+
+    state = parent(["One.", "Two.", "Three."], return_state=True)
+    assert sorted(map(Path, state.result())) == files_in(save_to)
+    assert len(sandbox.ledger.charges) == 3

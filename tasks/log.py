@@ -9,9 +9,11 @@ STEPS: Final = frozenset({"get-tts-status", "join-audio", "save-audio", "say", "
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """Whether a line of the log is more than that one of our tasks has ended well, as each poll of a wait does.
+    """Whether a line of the log is more than that one of our tasks has ended well, or the first of two about a failure.
 
     The level of Prefect's logger of task runs would say the same of the tasks of others.
     """
-    is_of_ours = getattr(record, "task_name", None) in STEPS and record.levelno == logging.INFO
-    return not (is_of_ours and record.getMessage() == "Finished in state Completed()")
+    if getattr(record, "task_name", None) not in STEPS:
+        return True
+    said = record.getMessage()
+    return said != "Finished in state Completed()" and not said.startswith("Task run failed with state: ")

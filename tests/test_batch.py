@@ -137,7 +137,7 @@ async def ended_task_runs(state: State[Any], count: int) -> list[TaskRun]:
 
 
 async def test_one_task_run_a_line_named_by_its_end_and_the_failures_first_in_the_table(
-    batch: dict[str, Any], sandbox: Sandbox
+    batch: dict[str, Any], sandbox: Sandbox, caplog: pytest.LogCaptureFixture
 ) -> None:
     lines = [*lines_of(2, "[sandbox:wait 1] Line {}."), {"id": "bad", "text": "[sandbox:reject] No."}]
     state = await text_to_speech_batch(lines, **batch, artifact_key="tts-batch-steps", return_state=True)
@@ -153,6 +153,11 @@ async def test_one_task_run_a_line_named_by_its_end_and_the_failures_first_in_th
         ("say bad", "CONTENT_POLICY_VIOLATION"),
     }
     assert len(steps) == 3
+    told = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert [line.partition("(")[0] for line in told] == [
+        "Finished in state CONTENT_POLICY_VIOLATION",
+        "Finished in state TTS_BATCH_PARTIAL",
+    ]
     assert table.type == "markdown"
     shown = [row for row in str(table.data).splitlines() if row.startswith("| ")][1:]
     assert ["CONTENT\\_POLICY\\_VIOLATION" in row for row in shown] == [True, False, False]

@@ -184,7 +184,11 @@ class _HasForm(Flow[P, R]):
         advanced = parameters.pop(ADVANCED, None) or {}
         if not isinstance(advanced, Mapping):
             raise ParameterTypeError(f"Flow run received invalid parameters:\n - {ADVANCED}: this is no object")
-        parameters |= {name: value for name, value in advanced.items() if value not in (None, "")}
+        advanced = {name: value for name, value in advanced.items() if value not in (None, "")}
+        if any(parameters.get(name, value) != value for name, value in advanced.items()):
+            for name in _defaults_that_give_way(advanced):
+                del advanced[name]
+        parameters |= advanced
         if table := parameters.pop(TABLE, None):
             parameters["lines"] = _pasted(table)
         if "lines" in self._first and parameters.get("lines") is None:
@@ -258,6 +262,19 @@ def _pasted(table: Any) -> Any:
         return read_json(table)
     except ValueError as error:
         raise ParameterTypeError(f"Flow run received invalid parameters:\n - {TABLE}: no JSON: {error}") from None
+
+
+def _defaults_that_give_way(advanced: Mapping[str, Any]) -> list[str]:
+    """Find what the deployment of this run has in *Advanced* for all its runs, and this run was given flat."""
+    run_id = this_flow_run.id
+    if run_id is None:
+        return []
+    with get_client(sync_client=True) as client:
+        run = client.read_flow_run(UUID(run_id))  # whose parameters have no defaults of the flow
+        if run.deployment_id is None:
+            return []
+        defaults = client.read_deployment(run.deployment_id).parameters.get(ADVANCED) or {}
+    return [name for name, value in advanced.items() if name in run.parameters and defaults.get(name) == value]
 
 
 def _mask_what_is_stored() -> None:

@@ -1,6 +1,7 @@
 """The forms: what Prefect stores of the parameters of a deployment, and what becomes of what a form sends."""
 
 import json
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -119,3 +120,36 @@ async def test_the_name_of_a_run_is_made_only_where_nobody_has_given_one(
 
     assert ended.state_name == "Completed"
     assert ended.name == (given if is_kept else "tts-Elevenlabs-Turbo-V2.5-Hello.")
+
+
+@pytest.mark.parametrize(
+    ("of_deployment", "of_run", "take"),
+    [
+        ({"advanced": {"take": 2}}, {}, 2),
+        ({"advanced": {"take": 2}}, {"take": 3}, 3),  # by a pipeline, where the default was set in a form
+        ({"take": 2}, {"advanced": {"take": 3}}, 3),  # in a form, where the default was set in prefect.yaml
+        ({"advanced": {"take": 2}}, {"take": 3, "advanced": {"take": 4}}, 4),
+    ],
+)
+async def test_what_a_run_is_given_comes_before_what_its_deployment_has(
+    of_deployment: dict[str, Any],
+    of_run: dict[str, Any],
+    take: int,
+    sandbox: Sandbox,
+    credentials: NanoGPTCredentials,
+    save_to: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    await credentials.save("precedence", overwrite=True)
+    always = {"text": "Hello.", "save_to": save_to, "credentials": "precedence", **of_deployment}
+    made = await text_to_speech.ato_deployment("precedence", parameters=always)
+    deployment = await made.aapply()
+    async with get_client() as client:
+        run = await client.create_flow_run_from_deployment(deployment, parameters=of_run)
+        monkeypatch.setenv("PREFECT__FLOW_RUN_ID", str(run.id))  # as in the process of every deployment's run
+        await run_flow(text_to_speech, flow_run=run)  # type: ignore[misc]
+        ended = await client.read_flow_run(run.id)
+
+    assert ended.state_name == "Completed"
+    [sent] = [json.loads(note.read_bytes()) for note in Path(save_to, ".nanogpt").rglob("*sent*")]
+    assert sent["take"] == take

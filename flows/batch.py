@@ -12,7 +12,6 @@ import anyio
 import httpx
 from prefect import flow
 from prefect.runtime import flow_run as this_flow_run
-from prefect.states import Completed
 from pydantic import Field
 
 from prefect_nanogpt.budget import COST_LIMIT_EXCEEDED, Budget
@@ -29,7 +28,7 @@ from prefect_nanogpt.errors import (
     without_login,
 )
 from prefect_nanogpt.events import run_logger
-from prefect_nanogpt.flows.ending import PLAIN_JSON, failed, given_name, keep_result, may_go_better
+from prefect_nanogpt.flows.ending import PLAIN_JSON, completed, failed, given_name, keep_result, may_go_better
 from prefect_nanogpt.flows.forms import (
     ArtifactKey,
     CostLimit,
@@ -157,7 +156,8 @@ async def text_to_speech_batch(
             the same.
         take: Which rendition of the lines that do not say which: another number is another job, and is paid for.
         resubmit: Which jobs to submit anew although they may have been charged for: `uncertain`, `lost`, `refused`.
-        allow_partial: Whether a run some of whose lines have no audio is completed all the same, and returns its rows.
+        allow_partial: Whether a run some of whose lines have no audio after its last attempt is completed all the same,
+            and returns its rows.
         artifact_key: The key of the table of lines; lower-case letters, digits and dashes.
         shards: In how many runs of the deployment to do it, on as many workers as there are. Each has its share of
             `max_in_flight`, `requests_per_second` and `max_cost`.
@@ -216,10 +216,11 @@ async def text_to_speech_batch(
         if all(row.is_completed for row in rows):
             return rows
         error = batch.refusal or batch.partial(rows)
+        end = await failed(error, final=not batch.may_go_better)
         if allow_partial and batch.refusal is None:
             run_logger().warning(error.message)
-            return cast(list[ManifestRow], Completed(data=rows, message=error.message))
-        return cast(list[ManifestRow], await failed(error, final=not batch.may_go_better))
+            return cast(list[ManifestRow], await completed(rows, error.message))
+        return cast(list[ManifestRow], end)
     except BatchPartial:
         raise
     except NanoGPTError as error:

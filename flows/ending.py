@@ -16,13 +16,13 @@ from prefect.exceptions import TerminationSignal
 from prefect.logging.handlers import APILogHandler
 from prefect.runtime import flow_run as this_flow_run
 from prefect.serializers import JSONSerializer
-from prefect.states import Failed
+from prefect.states import Completed, Failed
 
 from prefect_nanogpt.errors import ContentPolicyViolation, NanoGPTError, TTSJobRejected
 from prefect_nanogpt.events import resume_command, run_logger
 from prefect_nanogpt.report import Report
 
-__all__ = ["PLAIN_JSON", "failed", "given_name", "keep_result", "may_go_better", "reporting_interruption"]
+__all__ = ["PLAIN_JSON", "completed", "failed", "given_name", "keep_result", "may_go_better", "reporting_interruption"]
 
 LAST_WORD_SECONDS: Final = 5.0
 """A process that is told to stop is killed soon: Prefect gives a cancelled run 30 s, of which a submission that waits
@@ -98,6 +98,20 @@ async def failed(error: NanoGPTError, *, final: bool) -> State[Any]:
                     raise error
                 await client.update_flow_run(flow_run.id, empirical_policy=policy.model_copy(update={"retries": 0}))
     return Failed(name=error.code, message=str(error), data=error)
+
+
+async def completed(result: Any, message: str) -> Any:
+    """Give what to return from the flow for a completed state with a message.
+
+    Where an earlier attempt has raised, Prefect's engine raises that again instead of a returned state's result (seen
+    on 3.9.1), so then the result is returned without words.
+    """
+    context = FlowRunContext.get()
+    if context is not None and context.flow_run is not None:
+        async with get_client() as client:
+            if (await client.read_flow_run(context.flow_run.id)).run_count > 1:
+                return result
+    return Completed(data=result, message=message)
 
 
 @asynccontextmanager

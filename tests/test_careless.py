@@ -476,6 +476,16 @@ async def test_a_batch_may_be_partial_where_that_is_allowed(
     assert [row.outcome for row in await state.aresult()] == ["completed", "CONTENT_POLICY_VIOLATION"]
 
 
+async def test_what_may_go_better_is_tried_again_before_a_batch_is_partial(
+    credentials: NanoGPTCredentials, save_to: str, quick: PollSchedule, sandbox: Sandbox
+) -> None:
+    lines = [{"id": "bad", "text": "[sandbox:fail] Not today."}]
+    persistent = text_to_speech_batch.with_options(retries=2)
+    rows = await persistent(lines, save_to=save_to, credentials=credentials, poll=quick, allow_partial=True)
+    assert [row.outcome for row in rows] == ["TTS_FAILED"]
+    assert len(sandbox.ledger.charges) == 3
+
+
 # What is only to look at
 
 

@@ -157,7 +157,7 @@ async def text_to_speech_batch(
         take: Which rendition of the lines that do not say which: another number is another job, and is paid for.
         resubmit: Which jobs to submit anew although they may have been charged for: `uncertain`, `lost`, `refused`.
         allow_partial: Whether a run some of whose lines have no audio after its last attempt is completed all the same,
-            and returns its rows.
+            and returns its rows. One that a refused key, an empty balance or a limit has stopped is not.
         artifact_key: The key of the table of lines; lower-case letters, digits and dashes.
         shards: In how many runs of the deployment to do it, on as many workers as there are. Each has its share of
             `max_in_flight`, `requests_per_second` and `max_cost`.
@@ -217,7 +217,7 @@ async def text_to_speech_batch(
             return rows
         error = batch.refusal or batch.partial(rows)
         end = await failed(error, final=not batch.may_go_better)
-        if allow_partial and batch.refusal is None:
+        if allow_partial and batch.stopped_by is None:
             run_logger().warning(error.message)
             return cast(list[ManifestRow], await completed(rows, error.message))
         return cast(list[ManifestRow], end)
@@ -285,7 +285,7 @@ class _Batch:
         self._failed: set[str] = set()
         """The jobs that the provider has ended, which another run submits anew."""
         self._replaced = 0
-        self._stopped_by: NanoGPTError | None = None
+        self.stopped_by: NanoGPTError | None = None
 
     async def look_up(self) -> None:
         """Find out which lines are done: with the manifest, the ledger and one listing of each folder."""
@@ -335,7 +335,7 @@ class _Batch:
         await budget.count([(job, self._entry(job.id)) for job in jobs.values()], told)
         new = self.new_jobs().values()
         await budget.read_prices(new)
-        self.refusal = self._stopped_by = budget.refusal_of(new)
+        self.refusal = self.stopped_by = budget.refusal_of(new)
         return budget
 
     def new_jobs(self) -> dict[str, Job]:
@@ -397,8 +397,8 @@ class _Batch:
         """Say a line."""
         line, job = self.lines[index], self.jobs[index]
         entry = self._entry(job.id)
-        if self._stopped_by is not None and (_stops_everything(self._stopped_by) or not entry.is_paid):
-            return await self._row_from_ledger(index, entry, str(self._stopped_by))
+        if self.stopped_by is not None and (_stops_everything(self.stopped_by) or not entry.is_paid):
+            return await self._row_from_ledger(index, entry, str(self.stopped_by))
         try:
             return await self._tell(index, await say_in_one_task(line.id, job, self._terms, steps, entry))
         except NanoGPTError as error:
@@ -430,9 +430,9 @@ class _Batch:
         self.may_go_better |= may_go_better(error)
         if isinstance(error, TTSJobRejected) and not isinstance(error, ContentPolicyViolation):
             self._failed.add(job)
-        is_news = self._stopped_by is None or (_stops_everything(error) and not _stops_everything(self._stopped_by))
+        is_news = self.stopped_by is None or (_stops_everything(error) and not _stops_everything(self.stopped_by))
         if is_news and _stops_submissions(error):
-            self._stopped_by = error
+            self.stopped_by = error
             run_logger().warning("No further lines are submitted: %s", error)
 
     async def _row_from_ledger(

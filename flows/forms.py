@@ -15,6 +15,7 @@ from uuid import UUID
 
 from prefect import Flow
 from prefect.client.orchestration import get_client
+from prefect.context import FlowRunContext
 from prefect.exceptions import ParameterTypeError
 from prefect.runtime import flow_run as this_flow_run
 from prefect.utilities.callables import get_parameter_defaults, parameter_schema
@@ -23,7 +24,7 @@ from pydantic.json_schema import NoDefault
 
 from prefect_nanogpt.credentials import KEY_IN_CLEAR, MASK, NanoGPTCredentials, has_key_in_clear
 from prefect_nanogpt.lines import usable
-from prefect_nanogpt.models import LARGEST_TAKE, Money, PollSchedule, Ticket
+from prefect_nanogpt.models import LARGEST_TAKE, Money, PollSchedule, Ticket, plain_name
 from prefect_nanogpt.tables import read_json
 
 __all__ = [
@@ -168,9 +169,10 @@ class _HasForm(Flow[P, R]):
             ParameterTypeError: One of them is not what it should be, or is a key in clear.
         """
         parameters = self._flat(parameters)
-        if has_key_in_clear(parameters.get("credentials")):
+        if _without_key(parameters) != parameters:
             with suppress(Exception):
                 _mask_what_is_stored()
+        if has_key_in_clear(parameters.get("credentials")):
             raise ParameterTypeError(f"Flow run received invalid parameters:\n - credentials: {KEY_IN_CLEAR}")
         given = parameters.get("credentials")
         # Prefect logs all parameters where one is wrong, and what should be a name may be a key.
@@ -181,24 +183,37 @@ class _HasForm(Flow[P, R]):
     def _flat(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Give the parameters as the flow takes them. What is emptied in a form is not there."""
         parameters = {**given}
-        advanced = parameters.pop(ADVANCED, None) or {}
-        if not isinstance(advanced, Mapping):
+        advanced, table = parameters.pop(ADVANCED, None), parameters.pop(TABLE, None)
+        if not isinstance(advanced, Mapping | None):
             raise ParameterTypeError(f"Flow run received invalid parameters:\n - {ADVANCED}: this is no object")
-        advanced = {name: value for name, value in advanced.items() if value not in (None, "")}
-        if any(parameters.get(name, value) != value for name, value in advanced.items()):
-            for name in _defaults_that_give_way(advanced):
-                del advanced[name]
-        parameters |= advanced
-        if table := parameters.pop(TABLE, None):
+        if advanced is not None or table:
+            of_run, of_deployment = _stored_parameters()
+            of_run = {name: value for name, value in of_run.items() if of_deployment.get(name) != value}
+            defaults = of_deployment.get(ADVANCED) or {}
+            # Prefect's server takes what a run has in Advanced for all that its deployment has there. And defaults of a
+            # deployment, in Advanced or flat, give way to what the run itself was given, flat or in Advanced.
+            kept = {name: value for name, value in {**defaults, **(advanced or {})}.items() if value not in (None, "")}
+            parameters |= {
+                name: value for name, value in kept.items() if name not in of_run or defaults.get(name) != value
+            }
+            if table and parameters.get("lines") is not None:
+                if of_deployment.get(TABLE) == table:
+                    table = None
+                elif of_deployment.get("lines") != parameters["lines"]:
+                    raise ParameterTypeError(
+                        f"Flow run received invalid parameters:\n - lines and {TABLE}: both are given, which is it?"
+                    )
+        if table:
             parameters["lines"] = _pasted(table)
         if "lines" in self._first and parameters.get("lines") is None:
             raise ParameterTypeError("Flow run received invalid parameters:\n - lines: there are none")
+        return {name: value for name, value in parameters.items() if not self._is_emptied(name, value)}
+
+    def _is_emptied(self, name: str, value: Any) -> bool:
+        """Whether somebody has emptied this control. Any other empty text is a mistake, and refused as such."""
         defaults = get_parameter_defaults(self.fn)
-        return {
-            name: value
-            for name, value in parameters.items()
-            if name not in defaults or not (value is None or (isinstance(value, str) and not value))
-        }
+        emptied = (None, "") if name in self._first and defaults.get(name, "") is None else (None,)
+        return name in defaults and isinstance(value, str | None) and value in emptied
 
 
 def _control(schema: dict[str, Any], definitions: Mapping[str, Any]) -> dict[str, Any]:
@@ -256,25 +271,24 @@ def _parameter(name: str, shape: dict[str, Any], default: object) -> inspect.Par
 
 def _pasted(table: Any) -> Any:
     """Read lines that were pasted in the place of a path."""
-    if not isinstance(table, str) or not table.lstrip().startswith("["):
+    if not isinstance(table, str) or not table.lstrip("\ufeff \t\r\n").startswith("["):
         return table
+    table = table.lstrip("\ufeff \t\r\n")
     try:
         return read_json(table)
     except ValueError as error:
         raise ParameterTypeError(f"Flow run received invalid parameters:\n - {TABLE}: no JSON: {error}") from None
 
 
-def _defaults_that_give_way(advanced: Mapping[str, Any]) -> list[str]:
-    """Find what the deployment of this run has in *Advanced* for all its runs, and this run was given flat."""
+def _stored_parameters() -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Read what this run was started with, and what its deployment has for all its runs; both are empty in code."""
     run_id = this_flow_run.id
-    if run_id is None:
-        return []
+    if run_id is None or FlowRunContext.get() is not None:  # which is that of a parent
+        return {}, {}
     with get_client(sync_client=True) as client:
-        run = client.read_flow_run(UUID(run_id))  # whose parameters have no defaults of the flow
-        if run.deployment_id is None:
-            return []
-        defaults = client.read_deployment(run.deployment_id).parameters.get(ADVANCED) or {}
-    return [name for name, value in advanced.items() if name in run.parameters and defaults.get(name) == value]
+        run = client.read_flow_run(UUID(run_id))
+        deployment = client.read_deployment(run.deployment_id) if run.deployment_id else None
+    return run.parameters, deployment.parameters if deployment else {}
 
 
 def _mask_what_is_stored() -> None:
@@ -294,7 +308,7 @@ def _without_key(parameters: Mapping[str, Any]) -> dict[str, Any]:
         masked["credentials"] = dict.fromkeys(given, MASK) if isinstance(given, Mapping) else MASK
     if isinstance(advanced := parameters.get(ADVANCED), Mapping):
         masked[ADVANCED] = _without_key(advanced)
-    return masked
+    return masked | {name: MASK for name in masked if plain_name(name) == "apikey"}
 
 
 def _storable(value: Any) -> Any:
@@ -342,6 +356,7 @@ def has_form(*first: str, left_out: tuple[str, ...] = ()) -> Callable[[Flow[P, R
     def make(flow: Flow[P, R]) -> Flow[P, R]:
         flow.__class__ = _HasForm
         vars(flow).update(_first=first, _left_out=left_out)
+        flow.should_validate_parameters = True  # without which parameters of forms would reach the function
         vars(flow.fn)["__signature__"] = _with_what_forms_have(inspect.signature(flow.fn))
         return flow
 

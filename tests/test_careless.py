@@ -25,7 +25,7 @@ from prefect_nanogpt.flows.batch import _Batch
 from prefect_nanogpt.ledger import Ledger
 from prefect_nanogpt.lines import ManifestRow
 from prefect_nanogpt.models import Completed, PollSchedule, Ticket, TTSRequest
-from prefect_nanogpt.sandbox import Sandbox
+from prefect_nanogpt.sandbox import Answer, Sandbox
 from prefect_nanogpt.storage import Destination
 from prefect_nanogpt.tasks import get_tts_status, save_audio, submit_tts
 from prefect_nanogpt.tasks.ledgers import open_ledger
@@ -415,6 +415,7 @@ async def test_a_block_is_found_by_its_name_in_flows_and_tasks(
         "abcdefghijklmnopqrstuvwxyz",
         "Studio",
         "nanogpt-credentials/Sk_1",
+        "nanogpt-credentials/sk-nano-0a1b2c3d",
     ],
 )
 async def test_what_may_be_a_key_is_taken_for_one(key: str, sandbox: Sandbox, save_to: str) -> None:
@@ -484,6 +485,24 @@ async def test_what_may_go_better_is_tried_again_before_a_batch_is_partial(
     rows = await persistent(lines, save_to=save_to, credentials=credentials, poll=quick, allow_partial=True)
     assert [row.outcome for row in rows] == ["TTS_FAILED"]
     assert len(sandbox.ledger.charges) == 3
+
+
+@pytest.mark.parametrize("answer", [Answer(401, {"error": "no"}), Answer(402, {"error": "empty"})])
+async def test_a_batch_that_the_account_has_stopped_is_no_partial_success(
+    answer: Answer, credentials: NanoGPTCredentials, save_to: str, quick: PollSchedule, sandbox: Sandbox
+) -> None:
+    sandbox.on_submit([None, answer, answer])
+    lines = [{"id": str(number), "text": f"Line {number}."} for number in range(3)]
+    state = await text_to_speech_batch(
+        lines,
+        save_to=save_to,
+        credentials=credentials,
+        poll=quick,
+        allow_partial=True,
+        max_in_flight=1,
+        return_state=True,
+    )
+    assert state.name == "TTS_BATCH_PARTIAL"
 
 
 # What is only to look at

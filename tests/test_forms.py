@@ -129,6 +129,8 @@ async def test_the_name_of_a_run_is_made_only_where_nobody_has_given_one(
         ({"advanced": {"take": 2}}, {"take": 3}, 3),  # by a pipeline, where the default was set in a form
         ({"take": 2}, {"advanced": {"take": 3}}, 3),  # in a form, where the default was set in prefect.yaml
         ({"advanced": {"take": 2}}, {"take": 3, "advanced": {"take": 4}}, 4),
+        ({"take": 3, "advanced": {"take": 2}}, {}, 2),  # in the deployment's form, over prefect.yaml
+        ({"advanced": {"take": 2}}, {"advanced": {"max_cost": 1}}, 2),  # Prefect's server merges the first level alone
     ],
 )
 async def test_what_a_run_is_given_comes_before_what_its_deployment_has(
@@ -153,3 +155,48 @@ async def test_what_a_run_is_given_comes_before_what_its_deployment_has(
     assert ended.state_name == "Completed"
     [sent] = [json.loads(note.read_bytes()) for note in Path(save_to, ".nanogpt").rglob("*sent*")]
     assert sent["take"] == take
+
+
+LINES = [{"id": "a", "text": "A."}]
+OTHERS = json.dumps([{"id": "b", "text": "B."}])
+
+
+@pytest.mark.parametrize(
+    ("of_deployment", "of_run", "said"),
+    [
+        ({"table": OTHERS}, {"lines": LINES}, ["a"]),
+        ({"lines": LINES}, {"table": OTHERS}, ["b"]),
+        ({}, {"lines": LINES, "table": OTHERS}, None),
+    ],
+)
+async def test_the_lines_of_a_run_come_before_those_of_its_deployment(
+    of_deployment: dict[str, Any],
+    of_run: dict[str, Any],
+    said: list[str] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = await text_to_speech_batch.ato_deployment("lines", parameters=of_deployment)
+    deployment = await made.aapply()
+    async with get_client() as client:
+        run = await client.create_flow_run_from_deployment(deployment, parameters=of_run)
+    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", str(run.id))
+    if said is None:
+        with pytest.raises(ParameterTypeError, match="both are given"):
+            text_to_speech_batch.validate_parameters(run.parameters)
+    else:
+        taken = text_to_speech_batch.validate_parameters(run.parameters)
+        assert [line["id"] for line in taken["lines"]] == said
+
+
+async def test_an_empty_text_in_code_is_no_limit_that_was_left_out(save_to: str, sandbox: Sandbox) -> None:
+    with pytest.raises(ParameterTypeError, match="max_cost"):
+        await text_to_speech("Hello.", save_to=save_to, max_cost="")
+    assert sandbox.requests() == []
+
+
+async def test_parameters_are_checked_in_every_version_of_a_flow(
+    save_to: str, credentials: NanoGPTCredentials, sandbox: Sandbox
+) -> None:
+    unchecked = text_to_speech.with_options(validate_parameters=False)
+    await unchecked("Hello.", save_to=save_to, credentials=credentials)
+    assert len(sandbox.ledger.charges) == 1

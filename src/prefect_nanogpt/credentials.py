@@ -58,7 +58,8 @@ def names_block(credentials: str) -> bool:
         (True, True, False)
     """
     if credentials.startswith(BLOCK):
-        return _BLOCK_NAME.fullmatch(credentials.removeprefix(BLOCK)) is not None
+        name = credentials.removeprefix(BLOCK)
+        return _BLOCK_NAME.fullmatch(name) is not None and not name.startswith("sk-")
     parts = credentials.split("-")
     is_short = len(credentials) <= LONGEST_NAME and parts[0] != "sk" and credentials[:1].isalpha()
     return is_short and all(map(_NAME_PART.fullmatch, parts))
@@ -335,9 +336,10 @@ async def _saved_or_found(credentials: NanoGPTCredentials | str | None) -> NanoG
         ) from None
     except ValueError:
         # What is not the name of any block may be a key after all.
-        if not credentials.startswith(BLOCK):
+        is_shown = credentials.startswith(BLOCK) and names_block(credentials.removeprefix(BLOCK))
+        if not is_shown:
             await _mask_what_is_stored(credentials)
-        which = credentials if credentials.startswith(BLOCK) else f"{BLOCK}NAME with the NAME that was given"
+        which = credentials if is_shown else f"{BLOCK}NAME with the NAME that was given"
         raise CredentialsError(
             f"`credentials`: there is no saved block {which}. Save a NanoGPT Credentials block of that name in "
             "Prefect, or leave `credentials` out and set NANOGPT_API_KEY. No request was made.",

@@ -165,7 +165,8 @@ class Ticket(BaseModel):
         if not isinstance(given, str):
             return given
         try:
-            return json.loads(given)
+            read = json.loads(given)
+            return json.loads(read) if isinstance(read, str) else read  # as other systems may have quoted it
         except (ValueError, RecursionError):
             raise ValueError("this text is not the ticket's JSON") from None
 

@@ -11,6 +11,7 @@ import anyio
 from coolname.data import config as made_up_words
 from prefect import State
 from prefect.client.orchestration import get_client
+from prefect.client.schemas import FlowRun
 from prefect.context import FlowRunContext
 from prefect.exceptions import TerminationSignal
 from prefect.logging.handlers import APILogHandler
@@ -88,14 +89,12 @@ async def failed(error: NanoGPTError, *, final: bool) -> State[Any]:
     Raises:
         NanoGPTError: `error` itself, where Prefect is to try the flow again.
     """
-    context = FlowRunContext.get()
-    if context is not None and context.flow_run is not None:
-        async with get_client() as client:
-            flow_run = await client.read_flow_run(context.flow_run.id)
-            policy = flow_run.empirical_policy
-            if (policy.retries or 0) >= flow_run.run_count:
-                if not final:
-                    raise error
+    if (flow_run := await _this_run_as_stored()) is not None:
+        policy = flow_run.empirical_policy
+        if (policy.retries or 0) >= flow_run.run_count:
+            if not final:
+                raise error
+            async with get_client() as client:
                 await client.update_flow_run(flow_run.id, empirical_policy=policy.model_copy(update={"retries": 0}))
     return Failed(name=error.code, message=str(error), data=error)
 
@@ -106,12 +105,19 @@ async def completed(result: Any, message: str) -> Any:
     Where an earlier attempt has raised, Prefect's engine raises that again instead of a returned state's result (seen
     on 3.9.1), so then the result is returned without words.
     """
-    context = FlowRunContext.get()
-    if context is not None and context.flow_run is not None:
-        async with get_client() as client:
-            if (await client.read_flow_run(context.flow_run.id)).run_count > 1:
-                return result
+    flow_run = await _this_run_as_stored()
+    if flow_run is not None and flow_run.run_count > 1:
+        return result
     return Completed(data=result, message=message)
+
+
+async def _this_run_as_stored() -> FlowRun | None:
+    """Read this run, of which only the server knows the attempts; None outside of a run."""
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None:
+        return None
+    async with get_client() as client:
+        return await client.read_flow_run(context.flow_run.id)
 
 
 @asynccontextmanager

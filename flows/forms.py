@@ -207,13 +207,14 @@ class _HasForm(Flow[P, R]):
             parameters["lines"] = _pasted(table)
         if "lines" in self._first and parameters.get("lines") is None:
             raise ParameterTypeError("Flow run received invalid parameters:\n - lines: there are none")
-        return {name: value for name, value in parameters.items() if not self._is_emptied(name, value)}
-
-    def _is_emptied(self, name: str, value: Any) -> bool:
-        """Whether somebody has emptied this control. Any other empty text is a mistake, and refused as such."""
         defaults = get_parameter_defaults(self.fn)
-        emptied = (None, "") if name in self._first and defaults.get(name, "") is None else (None,)
-        return name in defaults and isinstance(value, str | None) and value in emptied
+        # Controls that somebody may empty to a text. Any other empty text is a mistake, and refused as such.
+        texts = {name for name in self._first if defaults.get(name, "") is None}
+        return {
+            name: value
+            for name, value in parameters.items()
+            if not (name in defaults and (value is None or (name in texts and isinstance(value, str) and not value)))
+        }
 
 
 def _control(schema: dict[str, Any], definitions: Mapping[str, Any]) -> dict[str, Any]:
@@ -271,11 +272,11 @@ def _parameter(name: str, shape: dict[str, Any], default: object) -> inspect.Par
 
 def _pasted(table: Any) -> Any:
     """Read lines that were pasted in the place of a path."""
-    if not isinstance(table, str) or not table.lstrip("\ufeff \t\r\n").startswith("["):
+    pasted = table.lstrip("\ufeff \t\r\n") if isinstance(table, str) else ""
+    if not pasted.startswith("["):
         return table
-    table = table.lstrip("\ufeff \t\r\n")
     try:
-        return read_json(table)
+        return read_json(pasted)
     except ValueError as error:
         raise ParameterTypeError(f"Flow run received invalid parameters:\n - {TABLE}: no JSON: {error}") from None
 

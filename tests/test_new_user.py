@@ -131,7 +131,6 @@ def test_a_sentence_that_is_typed_into_the_form_is_heard(served: Served, ui: str
     assert run["state_name"] == "Completed"
     page.goto(f"{ui}/runs/flow-run/{run['id']}")
     expect(page.get_by_text("Completed").first).to_be_visible()
-    photograph(page, ui, "run")
     assert len(list((folder / "audio").glob("*.mp3"))) == 1  # the second version of the UI finds it
 
     open_report(served, page, ui, run)
@@ -147,7 +146,6 @@ def test_a_batch_is_heard_line_by_line_and_as_a_whole(served: Served, ui: str, p
     assert run["state_name"] == "TTS_BATCH_PARTIAL"
     open_report(served, page, ui, run, key="tts-batch")
     expect(page.get_by_text("CONTENT_POLICY_VIOLATION").first).to_be_visible()
-    photograph(page, ui, "batch")
     there = follow(page, "Listen to all")
     expect(there.locator("audio")).to_have_count(2)
     expect(there.get_by_text("Only a traveller")).to_be_visible()

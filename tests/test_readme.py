@@ -63,7 +63,9 @@ def test_the_python_runs(snippet: str, env: dict[str, str], sandbox: Sandbox, tm
     assert done.returncode == 0, done.stderr
     if "print(" in snippet:
         assert done.stdout.strip()
-    for location in re.findall(r"/\S+", done.stdout):
+    locations = re.findall(r"/\S+", done.stdout)
+    assert bool(locations) == ("location" in snippet)
+    for location in locations:
         assert Path(location).is_relative_to(tmp_path / "audio")
         assert Path(location).stat().st_size > 1_000
 

@@ -196,10 +196,9 @@ class Report:
         await self._tell_of_the_wait("")
 
     async def _tell_of_the_wait(self, how_far: str) -> None:
-        note = (
-            f"Waiting since {self._since:%Y-%m-%d %H:%M:%S} UTC.{how_far} If this run ends without audio, nothing is "
-        )
-        await self._write("Speech under way", f"{note}lost: see below.", self._job_facts(), is_open=True)
+        since = f"Waiting since {self._since:%Y-%m-%d %H:%M:%S} UTC.{how_far}"
+        note = f"{since} If this run ends without audio, nothing is lost: see below."
+        await self._write("Speech under way", note, self._job_facts(), is_open=True)
 
     @only_to_look_at
     async def progress(self, pending: Pending) -> None:

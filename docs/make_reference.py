@@ -10,6 +10,8 @@ from typing import Any
 from griffe import Docstring as GriffeDocstring
 from griffe import DocstringSectionKind, parse_google
 
+from prefect_nanogpt.flows.forms import own_signature
+
 PUBLIC = {
     "prefect_nanogpt.flows": ["text_to_speech", "text_to_speech_batch", "wait_for_tts", "collect_open_tickets"],
     "prefect_nanogpt.tasks": ["submit_tts", "get_tts_status", "save_audio"],
@@ -71,7 +73,7 @@ def entry(name: str, thing: Any) -> str:
             f"    {parameter.name},\n"
             if parameter.default is parameter.empty
             else f"    {parameter.name}={parameter.default!r},\n"
-            for parameter in inspect.signature(function).parameters.values()
+            for parameter in own_signature(function).parameters.values()
         )
         parts.append(f"```python\nawait {name}(\n{parameters})\n```")
     return "\n\n".join([*parts, described(inspect.getdoc(function) or "")])

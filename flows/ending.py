@@ -35,10 +35,12 @@ PLAIN_JSON: Final = JSONSerializer(object_encoder="prefect_nanogpt.models.plain"
 _MADE_UP: Final = re.compile(
     # V2: an adjective of products and an animal of six letters at most
     r"(Awesome|Rustic|Small|Gorgeous|Fantastic|Sleek|Intelligent|Unbranded|Refined|Licensed|Generic|Practical|Ergonomic"
-    r"|Handcrafted|Tasty|Handmade|Incredible|Modern|Luxurious|Electronic|Elegant|Oriental|Recycled|Bespoke)-[A-Z].{1,5}"
-    # V1: a star, by its letter, one of a thousand constellations and places, and perhaps a word more
+    r"|Handcrafted|Tasty|Handmade|Incredible)-[A-Z][a-zñ]{1,5}"
+    # V1: a star, by its letter, one of a thousand constellations and places, and perhaps one of a few words more
     r"|(alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|omicron|pi|rho|sigma|tau|upsilon|phi|chi"
-    r"|psi|omega)\d*(-[a-z]+){1,3}"
+    r"|psi|omega)\d*-[a-z]+(-(majoris|minoris|venaticorum|berenices|australis|borealis|austrini|dur))?"
+    r"(-([a-hkmnpqrvxyz]|adjunct|anomaly|band|boundary|cloud|cluster|collapse|conflux|expanse|field|fringe|instability"
+    r"|manifold|mass|nebula|point|quadrant|reach|ring|sector|shift|tensor|terminus|vector|void|warp))?"
 )
 _ADJECTIVES: Final = ("adjective", "adjective_near", "noun_adjective", "size", "prefix", "adjective_first")
 _ANIMALS: Final = ("animal", "animal_breed", "animal_legendary")

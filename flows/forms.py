@@ -23,9 +23,9 @@ from pydantic import BeforeValidator, Field, GetPydanticSchema, WithJsonSchema
 from pydantic.json_schema import NoDefault
 
 from prefect_nanogpt.credentials import KEY_IN_CLEAR, MASK, NanoGPTCredentials, has_key_in_clear
-from prefect_nanogpt.lines import usable
+from prefect_nanogpt.lines import is_content, usable
 from prefect_nanogpt.models import LARGEST_TAKE, Money, PollSchedule, Ticket, plain_name
-from prefect_nanogpt.tables import read_json
+from prefect_nanogpt.tables import read_pasted
 
 __all__ = [
     "ArtifactKey",
@@ -35,6 +35,7 @@ __all__ = [
     "DocumentedModel",
     "FileName",
     "Lines",
+    "Options",
     "PaidTicket",
     "Resubmitted",
     "SaveTo",
@@ -42,6 +43,7 @@ __all__ = [
     "Take",
     "TimeoutSeconds",
     "has_form",
+    "own_signature",
     "titled",
 ]
 
@@ -79,7 +81,9 @@ DocumentedModel = Literal[
 DocumentedFormat = Literal["mp3", "opus", "aac", "flac", "wav"]
 
 Lines = Annotated[
-    list[dict[str, Any]] | str | os.PathLike[str],
+    # As wide for type checkers as rows are: mappings of any kind, such as typed dicts, and pandas' records.
+    Sequence[Mapping[Any, Any]] | str | os.PathLike[str],
+    _read_as(list[dict[str, Any]] | str),
     BeforeValidator(_lines),
     WithJsonSchema(
         {"anyOf": [{"type": "array", "items": {"type": "object", "additionalProperties": True}}, {"type": "string"}]}
@@ -93,6 +97,7 @@ SaveTo = Annotated[
     WithJsonSchema({"type": "string"}),
     titled("Save to"),
 ]
+Options = Annotated[Mapping[str, Any] | None, _read_as(dict[str, Any] | None), titled("Further options")]
 FileName = Annotated[str | None, titled("File name", min_length=1, max_length=100)]
 Credentials = Annotated[NanoGPTCredentials | str | None, titled("Credentials")]
 TimeoutSeconds = Annotated[float, titled("Timeout, in seconds", gt=0, le=LONGEST_TIMEOUT_SECONDS, allow_inf_nan=False)]
@@ -109,8 +114,8 @@ TABLE = "table"
 """What `lines` is called in the form, where it is one text field. Prefect's server would refuse a list for a text."""
 OF_FORMS = (ADVANCED, TABLE)
 TABLE_DESCRIPTION = (
-    "The path or URL of a table (CSV) with the columns id and text, of a JSON array or of JSON Lines; or the lines "
-    'themselves as a JSON array: [{"id": "hello", "text": "Hello."}]. Their other fields: voice, model, take, '
+    "The path or URL of a table (CSV) with the columns id and text, of a JSON array or of JSON Lines; or what "
+    'is in it, pasted: [{"id": "hello", "text": "Hello."}]. Its other columns or fields: voice, model, take, '
     "documented options such as speed, and others as option.NAME."
 )
 
@@ -272,13 +277,15 @@ def _parameter(name: str, shape: dict[str, Any], default: object) -> inspect.Par
 
 def _pasted(table: Any) -> Any:
     """Read lines that were pasted in the place of a path."""
-    pasted = table.lstrip("\ufeff \t\r\n") if isinstance(table, str) else ""
-    if not pasted.startswith("["):
+    if not isinstance(table, str):
         return table
+    pasted = table.strip("\ufeff \t\r\n")
+    if not (pasted.startswith("[") or is_content(pasted)):
+        return pasted
     try:
-        return read_json(pasted)
+        return read_pasted(pasted)
     except ValueError as error:
-        raise ParameterTypeError(f"Flow run received invalid parameters:\n - {TABLE}: no JSON: {error}") from None
+        raise ParameterTypeError(f"Flow run received invalid parameters:\n - {TABLE}: {error}") from None
 
 
 def _stored_parameters() -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -342,6 +349,15 @@ def _with_what_forms_have(signature: inspect.Signature) -> inspect.Signature:
     more = OF_FORMS if "lines" in signature.parameters else (ADVANCED,)
     forms = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Any) for name in more]
     return signature.replace(parameters=[*own, *forms])
+
+
+def own_signature(function: Callable[..., Any]) -> inspect.Signature:
+    """Give the signature of a flow's function, or of any other, as it is written."""
+    signature = inspect.signature(function)
+    own = [parameter for name, parameter in signature.parameters.items() if name not in OF_FORMS]
+    if TABLE in signature.parameters:
+        own = [p.replace(default=p.empty) if p.name == "lines" else p for p in own]
+    return signature.replace(parameters=own)
 
 
 def has_form(*first: str, left_out: tuple[str, ...] = ()) -> Callable[[Flow[P, R]], Flow[P, R]]:

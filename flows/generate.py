@@ -27,6 +27,7 @@ from prefect_nanogpt.flows.forms import (
     DocumentedFormat,
     DocumentedModel,
     FileName,
+    Options,
     Resubmitted,
     SaveTo,
     Schedule,
@@ -84,7 +85,7 @@ async def text_to_speech(
     voice: Annotated[str | None, titled("Voice", examples=["Rachel"])] = None,
     speed: Annotated[float | None, titled("Speed")] = None,
     response_format: Annotated[DocumentedFormat | str | None, titled("Format")] = None,
-    options: Annotated[dict[str, Any] | None, titled("Further options")] = None,
+    options: Options = None,
     save_to: SaveTo = "audio",
     credentials: Credentials = None,
     timeout_seconds: TimeoutSeconds = 600.0,
@@ -212,7 +213,7 @@ async def _longest_part(
     return model.max_chars
 
 
-def _request(options: dict[str, Any] | None, fields: dict[str, Any]) -> TTSRequest:
+def _request(options: Options, fields: dict[str, Any]) -> TTSRequest:
     try:
         return request_with(options, fields)
     except ValueError as error:

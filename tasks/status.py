@@ -1,6 +1,7 @@
 """The status of a job, as a task."""
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -31,7 +32,7 @@ RETRY_DELAYS_SECONDS: Final[list[float]] = [1, 2, 4, 8, 15, 30, 30, 30]
     persist_result=False,
 )
 async def get_tts_status(
-    ticket: Ticket,
+    ticket: Ticket | Mapping[str, Any],
     credentials: NanoGPTCredentials | str | None = None,
     max_retry_after_seconds: float = LONGEST_RETRY_AFTER_SECONDS,
 ) -> TTSStatus:
@@ -41,7 +42,7 @@ async def get_tts_status(
     are not a status. Not retried are other client errors and a daily cap. A rejected job is an answer, not an error.
 
     Args:
-        ticket: The job.
+        ticket: The job; the provider's JSON of it will do.
         credentials: The credentials, or the name of their block; None for the environment, or else the block `default`.
         max_retry_after_seconds: The longest `Retry-After` to wait for, in seconds; with a longer one the task fails at
             once. Never more than 60.
@@ -64,6 +65,7 @@ async def get_tts_status(
             return isinstance(await get_tts_status(ticket), Completed)
         ```
     """
+    ticket = Ticket.model_validate(ticket)
     async with nanogpt_client(credentials) as client:
         status = await poll_once(client, ticket, max_retry_after_seconds)
     context = TaskRunContext.get()

@@ -13,6 +13,7 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowFilter
 from prefect.client.schemas.objects import FlowRun, State
+from prefect.flow_engine import run_flow
 from prefect.runtime import flow_run as runtime
 from pydantic import SecretStr, ValidationError
 
@@ -438,6 +439,17 @@ async def test_a_name_of_no_block_is_neither_repeated_nor_kept(save_to: str, cap
     # What looks the block up has the name in the path of its request.
     said = [record.getMessage() for record in caplog.records if not record.name.startswith(("httpx", "httpcore"))]
     assert [line for line in said if "quiet-otter" in line] == []
+
+
+async def test_a_name_of_no_block_is_not_kept_in_what_a_form_has_either(save_to: str) -> None:
+    parameters = {"text": "Hello.", "save_to": save_to, "advanced": {"credentials": "quiet-otter", "take": 2}}
+    async with get_client() as client:
+        run = await client.create_flow_run(text_to_speech, parameters=parameters)
+        await run_flow(text_to_speech, flow_run=run, return_type="state")  # type: ignore[misc]
+        stored = await client.read_flow_run(run.id)
+
+    assert stored.state_name == "INVALID_CREDENTIALS"
+    assert stored.parameters["advanced"] == {"credentials": "********", "take": 2}
 
 
 async def test_a_block_that_is_named_with_its_type_and_is_not_there_is_named(save_to: str) -> None:

@@ -72,14 +72,42 @@ def test_what_a_form_sends_is_what_the_flow_takes() -> None:
 
     lines = [{"id": "a", "text": "A."}]
     assert text_to_speech_batch.validate_parameters({"table": json.dumps(lines)})["lines"] == lines
-    assert text_to_speech_batch.validate_parameters({"table": "lines.csv"})["lines"] == "lines.csv"
     assert wait_for_tts.validate_parameters({"ticket": json.dumps(TICKET)})["ticket"] == Ticket.model_validate(TICKET)
+
+
+@pytest.mark.parametrize(
+    ("pasted", "lines"),
+    [
+        ("lines.csv", "lines.csv"),
+        (" s3://bucket/lines.csv\n", "s3://bucket/lines.csv"),
+        ('\n[{"id": "a", "text": "A."}]', [{"id": "a", "text": "A."}]),
+        ('{"id": "a", "text": "A."}', [{"id": "a", "text": "A."}]),
+        (
+            '{"id": "a", "text": "A."}\n\n{"id": "b", "text": "B."}\n',
+            [{"id": "a", "text": "A."}, {"id": "b", "text": "B."}],
+        ),
+        ('\ufeffid,text\r\na,"A, b."\r\n', [{"id": "a", "text": "A, b."}]),
+        ("id\ttext\na\tA, b.", [{"id": "a", "text": "A, b."}]),
+        ("# to say\nid;text;take\na;A.;2", [{"id": "a", "text": "A.", "take": "2"}]),
+    ],
+)
+def test_a_table_is_named_or_pasted_in_any_form_that_a_file_has(pasted: str, lines: object) -> None:
+    assert text_to_speech_batch.validate_parameters({"table": pasted})["lines"] == lines
 
 
 @pytest.mark.parametrize(
     ("flow", "parameters", "says"),
     [
-        (text_to_speech_batch, {"table": '[{"id": "a"'}, "table: no JSON"),
+        (text_to_speech_batch, {"table": '[{"id": "a"'}, "table: line 1: not JSON"),
+        (
+            text_to_speech_batch,
+            {"table": '{"id": "a", "text": "A."}\n{"id": "b", "text": "B."'},
+            "table: line 2: not JSON",
+        ),
+        (text_to_speech_batch, {"table": "name,words\na,A."}, "table: line 1: the columns id and text are needed"),
+        (text_to_speech_batch, {"table": "id,text,text\na,A.,B."}, "table: the name 'text' is there twice"),
+        (text_to_speech, {"text": "Hi.", "poll": {"minimum": 3}}, "minimum"),
+        (text_to_speech, {"text": "Hi.", "advanced": {"poll": {"minimum": 3}}}, "minimum"),
         (text_to_speech_batch, {}, "lines"),
         (text_to_speech, {"text": "Hi.", "advanced": 3}, "advanced: this is no object"),
         (text_to_speech, {"text": "Hi.", "advanced": {"takes": 3}}, "takes"),
@@ -98,6 +126,9 @@ def test_what_a_form_cannot_mean_is_refused_with_a_word(flow: Flow[..., Any], pa
     [
         ("The ticket of today", True),
         ("chapter-one", True),
+        ("beta-test-of-ours", True),
+        ("Modern-Jazz", True),
+        ("alpha3-canis-majoris-nebula", False),
         ("Gorgeous-Deer", False),  # made up by the form of V2
         ("nu973-norpin-v", False),  # by that of V1
         (None, False),  # by the server

@@ -72,6 +72,12 @@ def test_a_ticket_becomes_the_providers_json_again() -> None:
     assert Ticket.model_validate_json(ticket.model_dump_json()) == ticket
 
 
+@pytest.mark.parametrize("around", ["{}", "\n{}\n", "```json\n{}\n```\n", "``` {} ```"])
+def test_a_ticket_is_read_as_it_was_copied(around: str) -> None:
+    ticket = Ticket.model_validate(DOCUMENTED_TICKET)
+    assert Ticket.model_validate(around.replace("{}", ticket.to_json(indent=2))) == ticket
+
+
 @pytest.mark.parametrize(
     "broken",
     [

@@ -456,6 +456,14 @@ def test_run_ids_that_differ_have_names_that_differ() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "readable"), [("Übung 1 \u2013 früh", "Ubung-1-fruh"), ("Ça va?", "Ca-va"), ("ﬁn", "fin"), ("第1章", "1")]
+)
+def test_letters_with_marks_lose_the_marks_and_not_their_place(name: str, readable: str) -> None:
+    assert re.fullmatch(rf"{readable}-[0-9a-f]{{16}}", file_stem(name))
+    assert file_stem(name) != file_stem(readable)
+
+
+@pytest.mark.parametrize(
     "run_id", ["98b0d593-fe8d-49b8-89c9-233022232297", "018f5c2e9d3b7c4e8a1b2c3d4e5f6071", "vc_run_789"]
 )
 def test_a_plain_run_id_is_its_own_name(run_id: str) -> None:

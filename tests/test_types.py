@@ -27,6 +27,32 @@ ignore_missing_imports = true
 """
 
 
+ROWS = """
+from collections.abc import Hashable, Mapping
+from typing import Any, TypedDict
+
+from prefect_nanogpt import flows, sync
+
+class Row(TypedDict):
+    id: str
+    text: str
+
+typed = [Row(id="a", text="A.")]
+mappings: list[Mapping[str, str]] = [{"id": "a", "text": "A."}]
+records: list[dict[Hashable, Any]] = [{"id": "a", "text": "A."}]  # as pandas has them
+options: Mapping[str, str] = {"emotion": "calm"}
+
+async def each() -> None:
+    await flows.text_to_speech_batch(typed)
+    await flows.text_to_speech_batch(mappings, options=options)
+    await flows.text_to_speech_batch(records)
+    await flows.text_to_speech("A.", options=options)
+
+sync.text_to_speech_batch(typed)
+sync.text_to_speech_batch(mappings, options=options)
+"""
+
+
 def examples_of_docstrings() -> list[str]:
     """Give the examples that are code, not a session at a prompt."""
     modules = [path for folder in ("src", "flows", "tasks") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -58,6 +84,7 @@ def test_mypy_finds_nothing_in_what_is_shown(installed: Installation, tmp_path: 
         **{path.stem: path.read_text() for path in (ROOT / "examples").glob("*.py")},
         **{path.stem: in_a_loop(cells(path)) for path in (ROOT / "examples").glob("*.ipynb")},
     }
+    shown["rows"] = ROWS
     assert len([name for name in shown if name.startswith("docstring")]) > 8
     (tmp_path / "mypy.ini").write_text(SETTINGS)
     for name, text in shown.items():

@@ -361,8 +361,18 @@ async def _mask_what_is_stored(credentials: str) -> None:
     with suppress(Exception):
         async with get_client() as client:
             stored = (await client.read_flow_run(UUID(run.id))).parameters
-            if stored.get("credentials") == credentials:
-                await client.update_flow_run(UUID(run.id), parameters={**stored, "credentials": MASK})
+            if (masked := _without(credentials, stored)) != stored:
+                await client.update_flow_run(UUID(run.id), parameters=masked)
+
+
+def _without(credentials: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    # Also in what a form has in Advanced.
+    masked: dict[str, Any] = {
+        name: _without(credentials, value) for name, value in parameters.items() if isinstance(value, Mapping)
+    }
+    if parameters.get("credentials") == credentials:
+        masked["credentials"] = MASK
+    return {**parameters, **masked}
 
 
 @asynccontextmanager

@@ -37,7 +37,17 @@ from prefect_nanogpt.models import (
 from prefect_nanogpt.storage import Destination, file_stem
 from prefect_nanogpt.tables import NO_OBJECT, Fault, Row, option_value, read_json, read_rows
 
-__all__ = ["FILE_NAME", "Line", "Manifest", "ManifestRow", "costs_once", "read_lines", "shards_of", "usable"]
+__all__ = [
+    "FILE_NAME",
+    "Line",
+    "Manifest",
+    "ManifestRow",
+    "costs_once",
+    "is_content",
+    "read_lines",
+    "shards_of",
+    "usable",
+]
 
 FILE_NAME: Final = "manifest.jsonl"
 COMPLETED: Final = "completed"
@@ -166,9 +176,14 @@ def usable(lines: Any) -> Any:
         raise ValueError('this is one mapping, and a list of them is needed, as lines=[{"id": …, "text": …}, …]')
     if isinstance(lines, os.PathLike):
         return os.fspath(lines)
-    if isinstance(lines, str) and (len(lines.splitlines()) > 1 or JSON_BEGINS.match(lines)):
+    if isinstance(lines, str) and is_content(lines):
         raise ValueError("this is what is in a table, not the path of one: save it as a file, or give a list of lines")
     return lines
+
+
+def is_content(text: str) -> bool:
+    """Whether a text is what is in a table, and no path of one."""
+    return len(text.splitlines()) > 1 or JSON_BEGINS.match(text) is not None
 
 
 def _rows(lines: Iterable[Mapping[str, Any]] | str | os.PathLike[str]) -> Iterator[Row | Fault]:

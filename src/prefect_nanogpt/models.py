@@ -74,6 +74,8 @@ _ZERO_BYTE: Final = re.compile(rb"(?<!\\)(\\\\)*\\u0000")
 """As JSON has it: not the one whose backslash is itself escaped."""
 _JOINERS: Final = "\u200c\u200d"
 """They have no shape, and are a part of Persian words and of emoji."""
+_FENCED: Final = re.compile(r"\s*```[a-z]*\s*(.*?)\s*```\s*", re.DOTALL)
+"""As Markdown has what is to be copied."""
 _PATH_STEP: Final = re.compile(r"(^|[\\/])\.\.?([\\/]|$)")
 _INVISIBLE: Final = frozenset({"Cc", "Cf", "Zl", "Zp", "Zs"})
 """Unicode's categories of what has no shape of its own: spaces, line ends, marks such as U+200B and U+FEFF."""
@@ -164,8 +166,9 @@ class Ticket(BaseModel):
     def _from_text(cls, given: object) -> object:
         if not isinstance(given, str):
             return given
+        fenced = _FENCED.fullmatch(given)
         try:
-            read = json.loads(given)
+            read = json.loads(fenced[1] if fenced else given)
             return json.loads(read) if isinstance(read, str) else read  # as other systems may have quoted it
         except (ValueError, RecursionError):
             raise ValueError("this text is not the ticket's JSON") from None

@@ -32,7 +32,7 @@ class PollSchedule(BaseModel):
         3.2
     """
 
-    model_config = ConfigDict(frozen=True, title="Poll schedule")
+    model_config = ConfigDict(frozen=True, extra="forbid", title="Poll schedule")
 
     min_seconds: float = Field(
         default=0.8,

@@ -19,6 +19,7 @@ import stat
 import tempfile
 import threading
 import time
+import unicodedata
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime, timedelta
@@ -100,10 +101,13 @@ def file_stem(name: str) -> str:
     Example:
         >>> file_stem("98b0d593-fe8d-49b8-89c9-233022232297")
         '98b0d593-fe8d-49b8-89c9-233022232297'
+        >>> file_stem("Übung 1: früh")
+        'Ubung-1-fruh-8f3d09dca8536807'
     """
     if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}", name) and not _RESERVED.fullmatch(name):
         return name
-    readable = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:60]
+    letters = "".join(c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c))
+    readable = re.sub(r"[^A-Za-z0-9_-]+", "-", letters).strip("-")[:60]
     return f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:16]}".lstrip("-")
 
 

@@ -4,7 +4,6 @@ Each runs on the loop that Prefect keeps in a thread of its own for this, as a c
 """
 
 import asyncio
-import inspect
 import threading
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
@@ -17,6 +16,7 @@ from prefect.utilities.asyncutils import run_coro_as_sync
 
 from prefect_nanogpt import flows, tasks
 from prefect_nanogpt.errors import NanoGPTError
+from prefect_nanogpt.flows.forms import own_signature
 
 __all__ = [
     "collect_open_tickets",
@@ -76,7 +76,7 @@ def _blocking(name: str, step: Callable[P, Coroutine[Any, Any, R]]) -> _Blocking
             raise
 
     call.__module__, call.__name__, call.__qualname__ = __name__, name, name
-    call.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    call.__signature__ = own_signature(original)  # type: ignore[attr-defined]
     # Prefect follows it to tell what is async, and would await a task that is made of this.
     del call.__wrapped__
     return cast(_Blocking[P, R], call)

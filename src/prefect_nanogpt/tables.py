@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import fsspec
@@ -17,7 +17,7 @@ import fsspec
 from prefect_nanogpt.errors import NanoGPTError, hide, secrets_in, without_login
 from prefect_nanogpt.models import REMARK, decimal_of, plain_name
 
-__all__ = ["NO_OBJECT", "Fault", "Row", "option_value", "read_json", "read_rows"]
+__all__ = ["NO_OBJECT", "Fault", "Row", "option_value", "read_json", "read_pasted", "read_rows"]
 
 NEEDED: Final = frozenset({"id", "text"})
 COLUMNS_NEEDED: Final = "the columns id and text are needed, named in the first line"
@@ -119,7 +119,7 @@ def option_value(name: str, written: str) -> Any:
         return word
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     found = dict[str, Any]()
     for name, value in pairs:
         if name in found:
@@ -146,10 +146,29 @@ def read_rows(place: str) -> Iterator[Row | Fault]:
         raise NanoGPTError(
             f"{without_login(place)} cannot be read: {words}. Nothing was submitted.", code="LINES_UNREADABLE"
         ) from None
-    if text.lstrip()[:1] in ("[", "{") or place.lower().endswith((".json", ".jsonl", ".ndjson")):
-        yield from _json_rows(text)
-    else:
-        yield from _table_rows(text)
+    yield from _rows_in(text, is_json=place.lower().endswith((".json", ".jsonl", ".ndjson")))
+
+
+def read_pasted(text: str) -> list[dict[str, Any]]:
+    """Read what is in a file as `read_rows` does, where it was given in the place of the file.
+
+    Raises:
+        ValueError: It is neither a table nor JSON, with the line that is wrong first.
+
+    Example:
+        >>> read_pasted('{"id": "a", "text": "Hello!"} {"id": "b", "text": "Bye."}')
+        [{'id': 'a', 'text': 'Hello!'}, {'id': 'b', 'text': 'Bye.'}]
+    """
+    rows = []
+    for row in _rows_in(_MARKS.sub("", text)):
+        if isinstance(row, Fault):
+            raise ValueError(f"line {row.line}: {row.what}")
+        rows.append(_object(row.fields))
+    return rows
+
+
+def _rows_in(text: str, *, is_json: bool = False) -> Iterator[Row | Fault]:
+    return _json_rows(text) if is_json or text.lstrip()[:1] in ("[", "{") else _table_rows(text)
 
 
 def _decoded(data: bytes) -> str:

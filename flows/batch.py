@@ -228,7 +228,7 @@ async def text_to_speech_batch(
         return cast(list[ManifestRow], await failed(error, final=not error.retryable))
 
 
-def _options(given: dict[str, Any] | None) -> dict[str, Any]:
+def _options(given: Options) -> dict[str, Any]:
     try:
         return options_of(given or {})
     except ValueError as error:

@@ -22,9 +22,9 @@ from prefect.utilities.callables import get_parameter_defaults, parameter_schema
 from pydantic import BeforeValidator, Field, GetPydanticSchema, WithJsonSchema
 from pydantic.json_schema import NoDefault
 
-from prefect_nanogpt.credentials import KEY_IN_CLEAR, MASK, NanoGPTCredentials, has_key_in_clear
+from prefect_nanogpt.credentials import ADVANCED, KEY_IN_CLEAR, NanoGPTCredentials, has_key_in_clear, without_key
 from prefect_nanogpt.lines import is_content, usable
-from prefect_nanogpt.models import LARGEST_TAKE, Money, PollSchedule, Ticket, plain_name
+from prefect_nanogpt.models import LARGEST_TAKE, Money, PollSchedule, Ticket
 from prefect_nanogpt.tables import read_pasted
 
 __all__ = [
@@ -109,7 +109,7 @@ Resubmitted = Annotated[Sequence[Literal["uncertain", "lost", "refused"]], title
 ArtifactKey = Annotated[str, titled("Artifact key", pattern=r"^[a-z0-9-]+$")]
 
 
-ADVANCED = "advanced"
+WRITTEN = "written_signature"
 TABLE = "table"
 """What `lines` is called in the form, where it is one text field. Prefect's server would refuse a list for a text."""
 OF_FORMS = (ADVANCED, TABLE)
@@ -164,7 +164,7 @@ class _HasForm(Flow[P, R]):
     def serialize_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
         """Give the parameters as they are stored, which is before they are validated."""
         given = {name: value for name, value in parameters.items() if not (name in OF_FORMS and value is None)}
-        storable: dict[str, Any] = _storable(super().serialize_parameters(_without_key(given)))
+        storable: dict[str, Any] = _storable(super().serialize_parameters(without_key(given)))
         return storable
 
     def validate_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +174,7 @@ class _HasForm(Flow[P, R]):
             ParameterTypeError: One of them is not what it should be, or is a key in clear.
         """
         parameters = self._flat(parameters)
-        if _without_key(parameters) != parameters:
+        if without_key(parameters) != parameters:
             with suppress(Exception):
                 _mask_what_is_stored()
         if has_key_in_clear(parameters.get("credentials")):
@@ -306,17 +306,8 @@ def _mask_what_is_stored() -> None:
         return
     with get_client(sync_client=True) as client:
         stored = client.read_flow_run(UUID(run_id)).parameters
-        if (masked := _without_key(stored)) != stored:
+        if (masked := without_key(stored)) != stored:
             client.update_flow_run(UUID(run_id), parameters=masked)
-
-
-def _without_key(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    masked = {**parameters}
-    if has_key_in_clear(given := parameters.get("credentials")):
-        masked["credentials"] = dict.fromkeys(given, MASK) if isinstance(given, Mapping) else MASK
-    if isinstance(advanced := parameters.get(ADVANCED), Mapping):
-        masked[ADVANCED] = _without_key(advanced)
-    return masked | {name: MASK for name in masked if plain_name(name) == "apikey"}
 
 
 def _storable(value: Any) -> Any:
@@ -340,8 +331,6 @@ def _storable(value: Any) -> Any:
 
 def _with_what_forms_have(signature: inspect.Signature) -> inspect.Signature:
     """Let Prefect bind what a form sends, which it does before the flow can sort it: to names that the function has."""
-    if ADVANCED in signature.parameters:
-        return signature
     own = [
         parameter.replace(default=None) if parameter.name == "lines" else parameter
         for parameter in signature.parameters.values()
@@ -353,11 +342,7 @@ def _with_what_forms_have(signature: inspect.Signature) -> inspect.Signature:
 
 def own_signature(function: Callable[..., Any]) -> inspect.Signature:
     """Give the signature of a flow's function, or of any other, as it is written."""
-    signature = inspect.signature(function)
-    own = [parameter for name, parameter in signature.parameters.items() if name not in OF_FORMS]
-    if TABLE in signature.parameters:
-        own = [p.replace(default=p.empty) if p.name == "lines" else p for p in own]
-    return signature.replace(parameters=own)
+    return vars(function).get(WRITTEN) or inspect.signature(function)
 
 
 def has_form(*first: str, left_out: tuple[str, ...] = ()) -> Callable[[Flow[P, R]], Flow[P, R]]:
@@ -374,7 +359,8 @@ def has_form(*first: str, left_out: tuple[str, ...] = ()) -> Callable[[Flow[P, R
         flow.__class__ = _HasForm
         vars(flow).update(_first=first, _left_out=left_out)
         flow.should_validate_parameters = True  # without which parameters of forms would reach the function
-        vars(flow.fn)["__signature__"] = _with_what_forms_have(inspect.signature(flow.fn))
+        written = own_signature(flow.fn)
+        vars(flow.fn).update({WRITTEN: written, "__signature__": _with_what_forms_have(written)})
         return flow
 
     return make

@@ -83,8 +83,8 @@ def test_mypy_finds_nothing_in_what_is_shown(installed: Installation, tmp_path: 
         **{f"docstring_{number}": in_a_loop(text) for number, text in enumerate(examples_of_docstrings())},
         **{path.stem: path.read_text() for path in (ROOT / "examples").glob("*.py")},
         **{path.stem: in_a_loop(cells(path)) for path in (ROOT / "examples").glob("*.ipynb")},
+        "rows": ROWS,
     }
-    shown["rows"] = ROWS
     assert len([name for name in shown if name.startswith("docstring")]) > 8
     (tmp_path / "mypy.ini").write_text(SETTINGS)
     for name, text in shown.items():

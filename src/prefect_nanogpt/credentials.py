@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, ClassVar, Final, NamedTuple
@@ -30,6 +30,7 @@ from prefect_nanogpt.client import DEFAULT_BASE_URL, INVALID_CREDENTIALS, NanoGP
 from prefect_nanogpt.connections import AudioHosts, split_login
 from prefect_nanogpt.errors import CredentialsError
 from prefect_nanogpt.events import run_logger, this_run
+from prefect_nanogpt.models import plain_name
 from prefect_nanogpt.storage import problem_with_public_url
 
 __all__ = ["NanoGPTCredentials", "find_credentials", "nanogpt_client", "places_of"]
@@ -42,6 +43,8 @@ KEY_IN_CLEAR: Final = (
     "or leave `credentials` out and set NANOGPT_API_KEY. No request was made."
 )
 MASK: Final = "********"
+ADVANCED: Final = "advanced"
+"""The parameter in which forms have what is seldom set."""
 BLOCK: Final = "nanogpt-credentials/"
 LONGEST_NAME: Final = 40
 """Of a block that is named without its type, in characters."""
@@ -86,6 +89,16 @@ def has_key_in_clear(credentials: object) -> bool:
     if isinstance(credentials, str):
         return not names_block(credentials)
     return not (credentials is None or isinstance(credentials, NanoGPTCredentials))
+
+
+def without_key(parameters: Mapping[str, Any], is_key: Callable[[object], bool] = has_key_in_clear) -> dict[str, Any]:
+    """Mask in a run's parameters what was given as credentials and may be a key, also in the forms' *Advanced*."""
+    masked = {**parameters}
+    if is_key(given := parameters.get("credentials")):
+        masked["credentials"] = dict.fromkeys(given, MASK) if isinstance(given, Mapping) else MASK
+    if isinstance(advanced := parameters.get(ADVANCED), Mapping):
+        masked[ADVANCED] = without_key(advanced, is_key)
+    return masked | {name: MASK for name in masked if plain_name(name) == "apikey"}
 
 
 class NanoGPTCredentials(CredentialsBlock):
@@ -361,18 +374,8 @@ async def _mask_what_is_stored(credentials: str) -> None:
     with suppress(Exception):
         async with get_client() as client:
             stored = (await client.read_flow_run(UUID(run.id))).parameters
-            if (masked := _without(credentials, stored)) != stored:
+            if (masked := without_key(stored, lambda given: given == credentials)) != stored:
                 await client.update_flow_run(UUID(run.id), parameters=masked)
-
-
-def _without(credentials: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    # Also in what a form has in Advanced.
-    masked: dict[str, Any] = {
-        name: _without(credentials, value) for name, value in parameters.items() if isinstance(value, Mapping)
-    }
-    if parameters.get("credentials") == credentials:
-        masked["credentials"] = MASK
-    return {**parameters, **masked}
 
 
 @asynccontextmanager

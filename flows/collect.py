@@ -146,7 +146,7 @@ async def collect_open_tickets(
             given = {
                 without_login(place): place for place in [absolute(place) for place in (*folders, elsewhere) if place]
             }
-            found, rows = await _look_through(places, given, client.base_url, since)
+            found, rows = await _look_through(places, given, known.provider, since)
             run_logger().info("%d open jobs in %d ledgers.", len(found), len(places))
             gate = asyncio.Semaphore(JOBS_AT_ONCE)
             rows += await asyncio.gather(

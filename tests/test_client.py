@@ -22,7 +22,7 @@ from prefect_nanogpt.errors import (
     ProviderError,
     SubmissionUncertain,
 )
-from prefect_nanogpt.models import AudioContent, Completed, SpeechModel, Submission, Ticket, TTSRequest
+from prefect_nanogpt.models import AudioContent, AudioModel, Completed, Submission, Ticket, TTSRequest
 from prefect_nanogpt.sandbox import Accept, Answer, Cut, Hang, Redirect, Sandbox
 from tests.conftest import API_KEY
 
@@ -408,10 +408,8 @@ async def test_the_ticket_goes_along_as_plain_text(
 
 
 async def test_the_catalogue_tells_the_price_of_a_model(client: NanoGPTClient) -> None:
-    assert await client.speech_model(MODEL) == SpeechModel(
-        id=MODEL, usd_per_thousand_chars=Decimal("0.06"), max_chars=10_000
-    )
-    assert await client.speech_model("no-such-model") is None
+    assert await client.model(MODEL) == AudioModel(id=MODEL, usd_per_thousand_chars=Decimal("0.06"), max_chars=10_000)
+    assert await client.model("no-such-model") is None
 
 
 # Audio

@@ -449,7 +449,7 @@ async def faults_of_calls(answer: bytes, server: RawServer, save_to: Path) -> li
             {
                 "submit": lambda: client.submit(REQUEST),
                 "status": lambda: client.status(ticket),
-                "speech_model": lambda: client.speech_model(MODEL),
+                "model": lambda: client.model(MODEL),
                 "download": lambda: download_to(Destination(save_to), client, audio, "audio"),
             },
             answer,

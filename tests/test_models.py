@@ -9,13 +9,15 @@ from pydantic import ValidationError
 
 from prefect_nanogpt.errors import normalize_code
 from prefect_nanogpt.models import (
+    AudioModel,
+    Balance,
     Completed,
     Pending,
     Rejected,
-    SpeechModel,
     Ticket,
     TTSRequest,
-    parse_speech_model,
+    parse_balance,
+    parse_models,
     parse_status,
     parse_submission,
 )
@@ -196,6 +198,16 @@ def test_the_documented_completed_answer_is_completed() -> None:
             {"status": "completed", "audioUrl": "https://a.test/1.mp3", "cost": "much", "duration": {}},
             "https://a.test/1.mp3",
         ),
+        ({"status": "completed", "url": "https://a.test/1.mp3"}, "https://a.test/1.mp3"),
+        ({"status": "completed", "data": {"audioUrl": "https://a.test/1.mp3"}}, "https://a.test/1.mp3"),
+        ({"status": "completed", "audioUrl": None, "data": {"url": "https://a.test/1.mp3"}}, "https://a.test/1.mp3"),
+        (
+            {"status": "completed", "url": "https://a.test/1", "data": {"audioUrl": "https://b.test"}},
+            "https://a.test/1",
+        ),
+        ({"status": "completed", "url": "https://a.test/1", "data": ["https://b.test"]}, "https://a.test/1"),
+        ({"status": "ready", "terminal": True, "url": "https://a.test/1.mp3"}, "https://a.test/1.mp3"),
+        ({"terminal": True, "audioUrl": "https://a.test/1.mp3"}, "https://a.test/1.mp3"),
     ],
 )
 def test_every_way_to_say_where_the_audio_is_counts(body: dict[str, Any], url: str) -> None:
@@ -205,7 +217,18 @@ def test_every_way_to_say_where_the_audio_is_counts(body: dict[str, Any], url: s
     assert status.audio_url == url
 
 
-@pytest.mark.parametrize("nothing", [{}, {"audioUrl": None}, {"audioUrl": ""}, {"audioUrls": []}, {"audioUrls": "x"}])
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        {},
+        {"audioUrl": None},
+        {"audioUrl": ""},
+        {"audioUrls": []},
+        {"audioUrls": "x"},
+        {"data": None},
+        {"terminal": True},
+    ],
+)
 def test_completed_without_a_url_is_still_waiting(nothing: dict[str, Any]) -> None:
     assert parse_status({"status": "completed", **nothing}) == Pending(word="completed")
 
@@ -220,6 +243,23 @@ def test_completed_without_a_url_is_still_waiting(nothing: dict[str, Any]) -> No
         ({"status": "Canceled", "message": "By hand."}, "TTS_FAILED", "By hand."),
         ({"status": "cancelled", "error": {"message": "By hand.", "type": "by_user"}}, "BY_USER", "By hand."),
         ({"status": "error", "error": "x", "audioUrl": "https://a.test/1.mp3"}, "TTS_FAILED", "x"),
+        ({"status": "moderated", "error": "Not this."}, "TTS_FAILED", "Not this."),
+        ({"status": "expired", "error": {"message": "Too old.", "code": "gone"}}, "GONE", "Too old."),
+        ({"status": "moderated", "terminal": True}, "TTS_FAILED", "'moderated'"),
+        ({"status": "pending", "terminal": True}, "TTS_FAILED", "'pending'"),
+        ({"status": "stopped", "terminal": True, "message": "By hand."}, "TTS_FAILED", "By hand."),
+        ({"status": "error", "error": "CONTENT_POLICY_VIOLATION"}, "CONTENT_POLICY_VIOLATION", "CONTENT_POLICY"),
+        ({"status": "error", "error": {"message": "content_policy_violation"}}, "CONTENT_POLICY_VIOLATION", "content"),
+        (
+            {"status": "failed", "code": "500", "error": "No.", "message": "Content policy violation: no."},
+            "CONTENT_POLICY_VIOLATION",
+            "No.",
+        ),
+        (
+            {"status": "error", "error": {"code": "bad_request", "type": "CONTENT_POLICY_VIOLATION"}},
+            "CONTENT_POLICY_VIOLATION",
+            "gave no reason",
+        ),
     ],
 )
 def test_every_way_to_fail_is_a_rejection(body: dict[str, Any], code: str, message: str) -> None:
@@ -229,6 +269,31 @@ def test_every_way_to_fail_is_a_rejection(body: dict[str, Any], code: str, messa
     assert status.code == code
     assert message in status.message
     assert status.is_content_policy == (code == "CONTENT_POLICY_VIOLATION")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"status": "pending", "error": "The last try failed, there is another one."},
+        {"status": "warming up", "message": "Soon."},
+        {"status": "warming up", "terminal": False, "error": None},
+        {"status": "warming up", "terminal": "no", "error": ""},
+        {"status": "warming up", "error": 0},
+        {"status": "processing", "error": "CONTENT_POLICY_VIOLATION was not seen"},
+    ],
+    ids=str,
+)
+def test_what_does_not_say_that_it_is_the_end_is_waited_for(body: dict[str, Any]) -> None:
+    assert parse_status(body) == Pending(word=body["status"])
+
+
+def test_a_word_about_policy_that_is_not_the_code_is_no_refusal() -> None:
+    status = parse_status(
+        {"status": "error", "error": "Content policy violations are looked for by a service that fails."}
+    )
+
+    assert isinstance(status, Rejected)
+    assert not status.is_content_policy
 
 
 @pytest.mark.parametrize("body", [{}, {"status": None}, {"status": " "}, {"status": 200}, {"error": "No."}])
@@ -268,6 +333,63 @@ def test_the_documented_answers_to_a_submission_are_read() -> None:
 )
 def test_a_ticket_that_was_paid_for_is_kept_however_odd_the_rest_of_it_is(odd: dict[str, Any]) -> None:
     assert parse_submission({"status": "pending", "runId": "98b0", **odd}, MODEL) == Ticket(run_id="98b0", model=MODEL)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"model": "\n"},
+        {"model": {"id": "m"}},
+        {"cost": "free"},
+        {"cost": {"usd": 1}},
+        {"paymentSource": ["USD"]},
+        {"paymentSource": "two\nlines"},
+        {"isApiRequest": "perhaps"},
+        {"isApiRequest": 7},
+        {"status": 202},
+        {"charged": "maybe"},
+    ],
+    ids=str,
+)
+def test_a_ticket_with_one_odd_field_keeps_the_others(odd: dict[str, Any]) -> None:
+    sound = DOCUMENTED_TICKET | {"model": "fal-ai/speech", "isApiRequest": False}
+
+    ticket = parse_submission({**sound, **odd}, MODEL)
+
+    [name] = odd
+    instead = {"model": MODEL, "isApiRequest": True}.get(name)
+    assert ticket == Ticket.model_validate({**sound, name: instead})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"status": "pending", "id": "98b0"},
+        {"id": "98b0"},
+        {"id": 98},
+        {"runId": "98b0", "id": "another"},
+        {"status": "pending", "id": "98b0", "url": "https://nano-gpt.test/status/98b0"},
+    ],
+    ids=str,
+)
+def test_the_run_id_is_read_from_id_where_there_is_no_other(body: dict[str, Any]) -> None:
+    assert parse_submission(body, MODEL) == Ticket(run_id=str(body.get("runId") or body["id"]), model=MODEL)
+
+
+def test_a_ticket_is_pasted_as_clients_have_it() -> None:
+    assert Ticket.model_validate('{"id": "98b0", "model": "m"}') == Ticket(run_id="98b0", model="m")
+
+
+@pytest.mark.parametrize(
+    "body", [{"id": "98b0", "url": "https://a.test/1.mp3"}, {"data": {"url": "https://a.test/1.mp3"}}]
+)
+def test_audio_at_once_is_audio_whatever_its_id(body: dict[str, Any]) -> None:
+    assert parse_submission(body, MODEL) == Completed(audio_url="https://a.test/1.mp3")
+
+
+def test_the_id_of_an_error_is_no_ticket() -> None:
+    with pytest.raises(ValueError, match="neither a run id nor an audio URL"):
+        parse_submission({"id": "request-7", "error": "No."}, MODEL)
 
 
 def test_an_answer_with_neither_ticket_nor_url_is_refused() -> None:
@@ -319,29 +441,45 @@ def test_a_code_is_kept_to_letters_digits_and_underscores(code: object, normal: 
     assert normalize_code(code) == normal
 
 
-# The catalogue
+# The catalogue and the balance
+
+
+def model_of(**row: Any) -> AudioModel:
+    """Read a row of the catalogue."""
+    [model] = parse_models({"data": [{"id": "m", **row}]})
+    return model
 
 
 def test_a_price_by_characters_prices_a_text() -> None:
-    model = parse_speech_model(
-        {
-            "id": "m",
-            "pricing": {"currency": "USD", "per_thousand_chars": Decimal("0.06")},
-            "supported_parameters": {"max_chars": 10_000},
-        }
+    model = model_of(
+        name="A model",
+        pricing={"currency": "USD", "per_thousand_chars": Decimal("0.06")},
+        supported_parameters={"max_chars": 10_000, "voices": ["Ann", "Bob"], "response_formats": ["mp3", "wav"]},
     )
 
-    assert model == SpeechModel(id="m", usd_per_thousand_chars=Decimal("0.06"), max_chars=10_000)
+    assert model == AudioModel(
+        id="m",
+        name="A model",
+        usd_per_thousand_chars=Decimal("0.06"),
+        max_chars=10_000,
+        voices=("Ann", "Bob"),
+        response_formats=("mp3", "wav"),
+    )
     assert model.price("x" * 84) == Decimal("0.00504")
 
 
 @pytest.mark.parametrize(
     ("pricing", "price"),
-    [({"per_generation": 0.15}, "0.15"), ({"per_generation": 0.15, "per_thousand_chars": 10}, "0.20")],
+    [
+        ({"per_generation": 0.15}, "0.15"),
+        ({"per_generation": 0.15, "per_thousand_chars": 10}, "0.20"),
+        ({"per_generation": 0.15, "per_minute": 0, "per_second": None}, "0.15"),
+        ({"per_thousand_chars": 0}, "0"),
+    ],
     ids=str,
 )
 def test_a_price_by_generation_is_that_of_a_job_however_long_its_text(pricing: dict[str, Any], price: str) -> None:
-    assert parse_speech_model({"id": "m", "pricing": pricing}).price("Hello") == Decimal(price)
+    assert model_of(pricing=pricing).price("Hello") == Decimal(price)
 
 
 @pytest.mark.parametrize(
@@ -350,12 +488,96 @@ def test_a_price_by_generation_is_that_of_a_job_however_long_its_text(pricing: d
         {},
         {"pricing": {"currency": "XNO", "per_thousand_chars": 1}},
         {"pricing": {"per_thousand_chars": "varies"}},
+        {"pricing": {"per_thousand_chars": "varies", "per_generation": 0.1}},
+        {"pricing": {"per_thousand_chars": 0.06, "per_second": 0.01}},
+        {"pricing": {"per_prompt_char_block": 0.1, "prompt_char_block_size": 100}},
         {"pricing": None, "supported_parameters": []},
+        {"pricing": [0.06], "supported_parameters": {"max_chars": "many", "voices": "all", "response_formats": 3}},
+        {"supported_parameters": {"max_chars": -1, "voices": [None, 7, {"id": 3}, {}, " "]}},
+        {"name": {"en": "A model"}},
     ],
     ids=str,
 )
-def test_a_model_without_a_usable_price_has_none(row: dict[str, Any]) -> None:
-    model = parse_speech_model({"id": "m", **row})
+def test_what_is_odd_about_a_model_is_not_said(row: dict[str, Any]) -> None:
+    model = model_of(**row)
 
-    assert model == SpeechModel(id="m")
+    assert model == AudioModel(id="m")
     assert model.price("Hello") is None
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"capabilities": {"text_to_speech": True}}, "speech"),
+        ({"category": "audio_tts"}, "speech"),
+        ({"category": "audio_tts", "capabilities": {"text_to_speech": False, "voice_cloning": True}}, "speech"),
+        ({"capabilities": {"text_to_speech": True, "voice_cloning": True}}, "speech"),
+        ({"category": "audio_music", "capabilities": {"text_to_speech": True}}, "music"),
+        ({"id": "Elevenlabs-Music-V1"}, "music"),
+        ({"id": "minimax-voice-clone", "category": "audio_tts"}, "clone"),
+        ({"category": "audio_voice_clone"}, "clone"),
+        ({"capabilities": {"voice_cloning": True}}, "clone"),
+        ({"category": "audio_stt"}, "other"),
+        ({"capabilities": {"text_to_speech": False}}, "other"),
+    ],
+    ids=str,
+)
+def test_speech_is_told_from_the_other_rows_of_the_catalogue(row: dict[str, Any], kind: str) -> None:
+    assert model_of(**row).kind == kind
+
+
+def test_rows_that_are_no_models_do_not_hide_the_others() -> None:
+    rows = [
+        None,
+        "m",
+        7,
+        [],
+        {},
+        {"id": None},
+        {"id": ""},
+        {"id": "two\nlines"},
+        {"id": "m"},
+        {"id": "m", "name": "again"},
+    ]
+
+    assert parse_models({"data": rows}) == [AudioModel(id="m")]
+
+
+@pytest.mark.parametrize(
+    "voices",
+    [["Ann", "Ann", "Bob"], [{"id": "Ann"}, {"name": "Bob"}], {"values": ["Ann", "Bob"]}, {"Ann": {}, "Bob": {}}],
+    ids=str,
+)
+def test_voices_are_read_in_every_shape(voices: object) -> None:
+    assert model_of(supported_parameters={"voices": voices}).voices == ("Ann", "Bob")
+
+
+@pytest.mark.parametrize("body", [{}, {"data": None}, {"data": {"id": "m"}}, {"object": "list"}])
+def test_what_is_no_list_of_models_is_no_catalogue(body: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="not a list of models"):
+        parse_models(body)
+
+
+@pytest.mark.parametrize(
+    ("body", "balance"),
+    [
+        ({"usd_balance": "129.46956147", "nano_balance": "26.71801147"}, ("129.46956147", "26.71801147")),
+        ({"usd_balance": Decimal("0.5"), "nano_balance": 3}, ("0.5", "3")),
+        ({"usd_balance": "-0.25"}, ("-0.25", None)),
+        ({"usd_balance": "much", "nano_balance": "0"}, (None, "0")),
+        ({"usd_balance": "NaN", "nano_balance": "1e2"}, (None, "100")),
+    ],
+    ids=str,
+)
+def test_a_balance_is_exact_and_what_is_odd_about_it_is_unknown(
+    body: dict[str, Any], balance: tuple[str | None, str | None]
+) -> None:
+    usd, xno = (None if amount is None else Decimal(amount) for amount in balance)
+
+    assert parse_balance(body) == Balance(usd=usd, xno=xno)
+
+
+@pytest.mark.parametrize("body", [{}, {"usd_balance": None}, {"usd_balance": "much", "nano_balance": []}])
+def test_an_answer_without_an_amount_is_no_balance(body: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="no balance"):
+        parse_balance(body)

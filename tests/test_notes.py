@@ -26,7 +26,7 @@ from prefect_nanogpt.errors import (
 )
 from prefect_nanogpt.flows import text_to_speech
 from prefect_nanogpt.ledger import FOLDER, Claim, Job, Ledger
-from prefect_nanogpt.models import AudioFile, SpeechModel, Ticket, TTSRequest
+from prefect_nanogpt.models import AudioFile, AudioModel, Ticket, TTSRequest
 from prefect_nanogpt.sandbox import Accept, Answer, Cut, Sandbox, Slow
 from prefect_nanogpt.storage import Destination
 from prefect_nanogpt.tasks import submit_tts
@@ -197,16 +197,16 @@ class TestWhole:
     async def test_not_where_the_catalogue_was_down_before(
         self, sandbox: Sandbox, say: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        catalogue: list[SpeechModel | ProviderError] = [ProviderError("down"), SpeechModel(id="m", max_chars=512)]
+        catalogue: list[AudioModel | ProviderError] = [ProviderError("down"), AudioModel(id="m", max_chars=512)]
 
-        async def speech_model(*_: Any) -> SpeechModel:
+        async def audio_model(*_: Any) -> AudioModel:
             match catalogue.pop(0):
-                case SpeechModel() as found:
+                case AudioModel() as found:
                     return found
                 case down:
                     raise down
 
-        monkeypatch.setattr(client.NanoGPTClient, "speech_model", speech_model)
+        monkeypatch.setattr(client.NanoGPTClient, "model", audio_model)
         sandbox.on_submit([Accept(then=Answer(502))])
         for _ in range(2):
             with pytest.raises(SubmissionUncertain):

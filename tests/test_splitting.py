@@ -13,7 +13,7 @@ from prefect_nanogpt import NanoGPTCredentials
 from prefect_nanogpt.client import NanoGPTClient
 from prefect_nanogpt.flows import text_to_speech
 from prefect_nanogpt.long_text import spans, split, units
-from prefect_nanogpt.models import PollSchedule, SpeechModel
+from prefect_nanogpt.models import AudioModel, PollSchedule
 from prefect_nanogpt.sandbox import Sandbox
 from tests.test_long_text import chapter
 
@@ -488,10 +488,10 @@ async def test_a_text_that_is_longer_in_javascript_than_here_is_said_in_parts(
 async def test_a_limit_of_the_catalogue_that_cannot_be_meant_is_passed_over(
     limit: int, sandbox: Sandbox, speech: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def odd(client: NanoGPTClient, model: str) -> SpeechModel:
-        return SpeechModel(id=model, max_chars=limit)
+    async def odd(client: NanoGPTClient, model: str) -> AudioModel:
+        return AudioModel(id=model, max_chars=limit)
 
-    monkeypatch.setattr(NanoGPTClient, "speech_model", odd)
+    monkeypatch.setattr(NanoGPTClient, "model", odd)
     text = "One two three. " * 60
     await text_to_speech(text, **speech)
     assert [request.json["text"] for request in sandbox.requests("submit")] == [text]

@@ -11,7 +11,7 @@ from prefect_nanogpt.client import NanoGPTClient
 from prefect_nanogpt.errors import NanoGPTError, ProviderError
 from prefect_nanogpt.events import run_logger
 from prefect_nanogpt.ledger import Entry, Job, Ledger
-from prefect_nanogpt.models import AudioContent, SpeechModel, Submission, Ticket, TTSRequest
+from prefect_nanogpt.models import AudioContent, AudioModel, Submission, Ticket, TTSRequest
 
 __all__ = ["COST_LIMIT_EXCEEDED", "Budget"]
 
@@ -49,7 +49,7 @@ class Budget:
         self._client = client
         self._counted: set[tuple[str, int]] = set()
         self._reserved: list[Reserved] = []
-        self._models: dict[str, SpeechModel | None] = {}
+        self._models: dict[str, AudioModel | None] = {}
         self._seen: dict[str, list[tuple[int, Decimal]]] = {}
         self._changed = asyncio.Condition()
         self._unknowable: str | None = None
@@ -92,7 +92,7 @@ class Budget:
         new = sorted({_request_of(job).model for job in jobs} - self._models.keys())
         try:
             for model in new:
-                self._models[model] = await self._client.speech_model(model)
+                self._models[model] = await self._client.model(model)
         except NanoGPTError as error:
             self._models |= {model: None for model in new if model not in self._models}
             run_logger().warning(

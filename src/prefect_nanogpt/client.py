@@ -27,7 +27,7 @@ from decimal import Decimal
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Literal, Self, TypeVar
 from urllib.parse import quote, unquote
 
 import anyio
@@ -50,22 +50,33 @@ from prefect_nanogpt.errors import (
 from prefect_nanogpt.models import (
     LONGEST_WORD,
     AudioContent,
-    SpeechModel,
+    AudioModel,
+    Balance,
     Submission,
     Ticket,
     TTSRequest,
     TTSStatus,
     error_in,
     one_line,
-    parse_speech_model,
+    parse_balance,
+    parse_models,
     parse_status,
     parse_submission,
 )
 
-__all__ = ["DEFAULT_BASE_URL", "INVALID_CREDENTIALS", "NanoGPTClient", "in_own_thread", "problem_with_base_url"]
+__all__ = [
+    "DEFAULT_BASE_URL",
+    "INVALID_CREDENTIALS",
+    "OTHER_BASE_URL",
+    "NanoGPTClient",
+    "in_own_thread",
+    "problem_with_base_url",
+]
 
 R = TypeVar("R")
 DEFAULT_BASE_URL: Final = "https://nano-gpt.com/api"
+OTHER_BASE_URL: Final = "https://api.nano-gpt.com/api"
+"""NanoGPT's other host, which its page on hosts recommends for requests with a key."""
 INVALID_CREDENTIALS: Final = "INVALID_CREDENTIALS"
 """Something was given, and it cannot be used: that is not the same as nothing."""
 
@@ -76,6 +87,8 @@ SUBMIT_TIMEOUT: Final = httpx.Timeout(180.0, connect=10.0, write=30.0, pool=None
 LONGEST_LOOK_SECONDS: Final = 30.0
 LONGEST_ANSWER_SECONDS: Final = 240.0
 LARGEST_JSON_BYTES: Final = 8 * 1024**2
+LARGEST_CATALOGUE_BYTES: Final = 32 * 1024**2
+CATALOGUE_KEPT_SECONDS: Final = 300.0
 LARGEST_ANSWER_BYTES: Final = 128 * 1024**2
 """Of a submission, which some models answer with the audio."""
 REQUESTS_AT_ONCE: Final = 16
@@ -113,6 +126,8 @@ _GZIP_TRAILER_BYTES: Final = 8
 LAST_WORD_SECONDS: Final = 25.0
 """How long a process that is being stopped waits for the answer to a submission: Prefect kills it after 30 s."""
 ONE_INTERRUPTION_SECONDS: Final = 1.0
+_catalogues: Final[dict[str, tuple[float, list[AudioModel]]]] = {}
+"""What this process has read, by base URL, and when, on the monotonic clock."""
 _RUN_ID: Final = re.compile(rb'"runId"\s*:\s*("(?:[^"\\]|\\.){1,600}"|\d{1,600})')
 
 
@@ -137,7 +152,7 @@ class _Answer:
     @property
     def json(self) -> Any:
         """The body as JSON; None where it is none, too much of it, or not all."""
-        if len(self.content) > LARGEST_JSON_BYTES:
+        if len(self.content) > LARGEST_CATALOGUE_BYTES:
             return None
         try:
             text = self.content.decode(json.detect_encoding(self.content))
@@ -277,6 +292,7 @@ class NanoGPTClient:
         self._next_turn = 0.0
         self._api_gate = asyncio.Semaphore(REQUESTS_AT_ONCE)
         self._audio_gate = asyncio.Semaphore(DOWNLOADS_AT_ONCE)
+        self._catalogue_lock = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
         return self
@@ -458,12 +474,79 @@ class NanoGPTClient:
         if ticket.payment_source:
             params["paymentSource"] = ticket.payment_source
         params["isApiRequest"] = "true" if ticket.is_api_request else "false"
-        answer = await self._get("/tts/status", params)
+        try:
+            return await self._read_from("GET", "/tts/status", parse_status, params=params)
+        except ProviderError as error:
+            if error.http_status == httpx.codes.NOT_FOUND:
+                error.message += (
+                    f" It was asked for as a job of {ticket.model}: the provider may know it only by the model that "
+                    "its ticket names."
+                )
+            raise
+
+    async def models(self) -> list[AudioModel]:
+        """Read the provider's catalogue of audio models (`GET /v1/audio-models`), at most every five minutes.
+
+        Its prices and models change, so this process keeps it for minutes only. It has rows that are no speech: see
+        `AudioModel.kind`.
+
+        Raises:
+            ProviderError: The catalogue could not be read.
+        """
+        async with self._catalogue_lock:
+            read_at, models = _catalogues.get(self.base_url, (-math.inf, []))
+            if time.monotonic() - read_at > CATALOGUE_KEPT_SECONDS:
+                params = {"detailed": "true", "type": "tts"}
+                models = await self._read_from(
+                    "GET", "/v1/audio-models", parse_models, LARGEST_CATALOGUE_BYTES, params=params
+                )
+                _catalogues[self.base_url] = time.monotonic(), models
+            return models
+
+    async def model(self, model: str) -> AudioModel | None:
+        """Look a model up in the provider's catalogue; None where it is not in it.
+
+        Raises:
+            ProviderError: The catalogue could not be read.
+        """
+        return next((found for found in await self.models() if found.id == model), None)
+
+    async def balance(self) -> Balance:
+        """Ask what is left on the account (`POST /check-balance`). Free of charge.
+
+        Raises:
+            ProviderError: There was no balance in the answer, or no answer.
+        """
+        return await self._read_from("POST", "/check-balance", parse_balance, json={})
+
+    async def _read_from(
+        self,
+        method: Literal["GET", "POST"],
+        path: str,
+        parse: Callable[[dict[str, Any]], R],
+        largest: int = LARGEST_JSON_BYTES,
+        **sent: Any,
+    ) -> R:
+        """Read something from the API with a request that changes nothing, and parse its JSON.
+
+        Raises:
+            ProviderError: It could not be read, or is not what it should be.
+        """
+        try:
+            request = self._api.build_request(method, f"{self.base_url}{path}", **sent)
+            async with self.turn():
+                answer = await self._read(self._api, request, largest, LONGEST_LOOK_SECONDS)
+        except _FAULTS as error:
+            raise ProviderError(
+                f"{self.base_url} could not be reached ({self._words(error)}).", code=UNREACHABLE, retryable=True
+            ) from None
+        if not 200 <= answer.status < 300:
+            raise self._refusal(answer)
         body = answer.json
         try:
             if not isinstance(body, dict):
                 raise ValueError(answer.problem or "the answer is not a JSON object")
-            return parse_status(body)
+            return parse(body)
         except ValueError as error:
             raise ProviderError(
                 f"The provider answered HTTP {answer.status}, but {_first_line(error)}.",
@@ -472,37 +555,6 @@ class NanoGPTClient:
                 http_status=answer.status,
                 request_id=answer.request_id,
             ) from None
-
-    async def speech_model(self, model: str) -> SpeechModel | None:
-        """Look a model up in the provider's catalogue (`GET /v1/audio-models`); None where it is not in it.
-
-        Raises:
-            ProviderError: The catalogue could not be read.
-        """
-        body = (await self._get("/v1/audio-models", {"detailed": "true", "type": "tts"})).json
-        rows = body.get("data") if isinstance(body, dict) else None
-        for row in rows if isinstance(rows, list) else ():
-            if isinstance(row, dict) and row.get("id") == model:
-                return parse_speech_model(row)
-        return None
-
-    async def _get(self, path: str, params: Mapping[str, str]) -> _Answer:
-        """Read something from the API.
-
-        Raises:
-            ProviderError: It could not be read.
-        """
-        try:
-            request = self._api.build_request("GET", f"{self.base_url}{path}", params=params)
-            async with self.turn():
-                answer = await self._read(self._api, request, LARGEST_JSON_BYTES, LONGEST_LOOK_SECONDS)
-        except _FAULTS as error:
-            raise ProviderError(
-                f"{self.base_url} could not be reached ({self._words(error)}).", code=UNREACHABLE, retryable=True
-            ) from None
-        if not 200 <= answer.status < 300:
-            raise self._refusal(answer)
-        return answer
 
     @asynccontextmanager
     async def download(self, url: str) -> AsyncIterator[httpx.Response]:

@@ -26,7 +26,13 @@ from pydantic import (
     model_validator,
 )
 
-from prefect_nanogpt.client import DEFAULT_BASE_URL, INVALID_CREDENTIALS, NanoGPTClient, problem_with_base_url
+from prefect_nanogpt.client import (
+    DEFAULT_BASE_URL,
+    INVALID_CREDENTIALS,
+    OTHER_BASE_URL,
+    NanoGPTClient,
+    problem_with_base_url,
+)
 from prefect_nanogpt.connections import AudioHosts, split_login
 from prefect_nanogpt.errors import CredentialsError
 from prefect_nanogpt.events import run_logger, this_run
@@ -142,7 +148,8 @@ class NanoGPTCredentials(CredentialsBlock):
     base_url: str = Field(
         default=DEFAULT_BASE_URL,
         title="Base URL",
-        description="The root of the API; change it for a proxy or the sandbox.",
+        description="The root of the API; change it for NanoGPT's other host (https://api.nano-gpt.com/api, which it "
+        "recommends for requests with a key), a proxy or the sandbox.",
         pattern=r"^https?://[^\s/?#]+\S*$",
     )
     audio_hosts: list[str] = Field(
@@ -301,7 +308,10 @@ _open_client: ContextVar[_Lent | None] = ContextVar("nanogpt_client", default=No
 
 
 class Places(NamedTuple):
-    """The base URL of the API, where its block wants the ledger, and where it says that people reach what is saved."""
+    """The base URL of the API, where its block wants the ledger, and where it says that people reach what is saved.
+
+    The provider is the same at both of its hosts: to change from one to the other must not make other jobs of all.
+    """
 
     provider: str
     ledger: str | None = None
@@ -321,14 +331,19 @@ async def places_of(credentials: NanoGPTCredentials | str | None) -> Places:
         if error.code != CredentialsError.default_code:
             raise
         # What is there already needs no key.
-        return Places(_address(os.environ.get("NANOGPT_BASE_URL") or DEFAULT_BASE_URL))
+        return Places(_provider_at(os.environ.get("NANOGPT_BASE_URL") or DEFAULT_BASE_URL))
     ledger = with_login(found.ledger, found.ledger_login) if found.ledger else None
-    return Places(_address(found.base_url), ledger, found.public_url)
+    return Places(_provider_at(found.base_url), ledger, found.public_url)
 
 
 def _address(base_url: str) -> str:
     """Give the address of an API as it is shown and noted: without a login, and of one that is no URL the host."""
     return split_login(base_url.rstrip("/"))[0] if "://" in base_url else base_url.rpartition("@")[2]
+
+
+def _provider_at(base_url: str) -> str:
+    address = _address(base_url)
+    return DEFAULT_BASE_URL if address.lower() == OTHER_BASE_URL else address
 
 
 async def _saved_or_found(credentials: NanoGPTCredentials | str | None) -> NanoGPTCredentials:

@@ -10,12 +10,22 @@ import json
 import re
 import unicodedata
 from collections.abc import Mapping
+from contextlib import suppress
 from decimal import Decimal
 from enum import Enum
 from functools import lru_cache
-from typing import Annotated, Any, Final, TypeAlias, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import to_jsonable_python
 
 from prefect_nanogpt.connections import split_login
@@ -25,12 +35,13 @@ from prefect_nanogpt.polling import PollSchedule
 __all__ = [
     "AudioContent",
     "AudioFile",
+    "AudioModel",
+    "Balance",
     "Completed",
     "Money",
     "Pending",
     "PollSchedule",
     "Rejected",
-    "SpeechModel",
     "Submission",
     "TTSRequest",
     "TTSStatus",
@@ -40,7 +51,8 @@ __all__ = [
     "field_of",
     "one_line",
     "options_of",
-    "parse_speech_model",
+    "parse_balance",
+    "parse_models",
     "parse_status",
     "parse_submission",
     "plain",
@@ -54,6 +66,9 @@ DEFAULT_MODEL: Final = "Elevenlabs-Turbo-V2.5"
 
 _SUCCESS_WORDS: Final = frozenset({"completed", "succeeded"})
 _FAILURE_WORDS: Final = frozenset({"error", "failed", "cancelled", "canceled", "content_policy_violation"})
+_KNOWN_WORDS: Final = _SUCCESS_WORDS | {"pending", "processing", "queued", "in_queue", "in_progress"}
+_POLICY: Final = re.compile(r"\W*content[_\s-]policy[_\s-]violation(?![a-z])", re.IGNORECASE)
+"""A message that begins with the code of a refusal."""
 LONGEST_MESSAGE: Final = 2_000
 """How much of the provider's words is kept, in characters: they become state messages."""
 LONGEST_WORD: Final = 200
@@ -116,6 +131,7 @@ def _can_be_meant(amount: Decimal) -> Decimal:
 
 Word = Annotated[str, AfterValidator(_is_one_line)]
 Money = Annotated[Decimal, Field(ge=0, allow_inf_nan=False), AfterValidator(_can_be_meant)]
+_MONEY: Final[TypeAdapter[Decimal]] = TypeAdapter(Money)
 
 
 class Ticket(BaseModel):
@@ -141,7 +157,10 @@ class Ticket(BaseModel):
         description="The provider's identifier of the job, `runId` in its answer.",
     )
     model: Word = Field(
-        min_length=1, title="Model", description="The model the job was submitted to, exactly as submitted."
+        min_length=1,
+        title="Model",
+        description="The model as the ticket has it, which may be more than the id that was asked for, such as "
+        "fal-ai/…: the provider may know the job by no other. Where the ticket has none, the id that was asked for.",
     )
     cost: Money | None = Field(
         default=None, title="Cost", description="What was charged, in the unit of the payment source."
@@ -163,15 +182,17 @@ class Ticket(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_text(cls, given: object) -> object:
-        if not isinstance(given, str):
-            return given
-        fenced = _FENCED.fullmatch(given)
-        try:
-            read = json.loads(fenced[1] if fenced else given)
-            return json.loads(read) if isinstance(read, str) else read  # as other systems may have quoted it
-        except (ValueError, RecursionError):
-            raise ValueError("this text is not the ticket's JSON") from None
+    def _as_clients_read_it(cls, given: object) -> object:
+        if isinstance(given, str):
+            fenced = _FENCED.fullmatch(given)
+            try:
+                given = json.loads(fenced[1] if fenced else given)
+                given = json.loads(given) if isinstance(given, str) else given  # as other systems may have quoted it
+            except (ValueError, RecursionError):
+                raise ValueError("this text is not the ticket's JSON") from None
+        if isinstance(given, Mapping) and not given.keys() & {"runId", "run_id"} and "id" in given:
+            return {**given, "runId": given["id"]}
+        return given
 
     @field_validator("run_id", "model", mode="before")
     @classmethod
@@ -406,7 +427,7 @@ class Pending(BaseModel):
     @property
     def is_known(self) -> bool:
         """Whether the word is one that the provider or its clients are known to use for a job under way."""
-        return self.word in {"pending", "processing", "queued", "in_queue", "in_progress", *_SUCCESS_WORDS}
+        return self.word in _KNOWN_WORDS
 
 
 class Completed(BaseModel):
@@ -448,28 +469,51 @@ class Rejected(BaseModel):
         return self.code == CONTENT_POLICY_VIOLATION
 
 
-class SpeechModel(BaseModel):
-    """What the provider's catalogue says of a model.
+class AudioModel(BaseModel):
+    """What the provider's catalogue says of a model; what it does not say, or says oddly, is None or empty.
 
     Attributes:
-        id: The model id.
+        id: The model id, as requests name it.
+        kind: `speech`; `music`; `clone`, which makes a voice and no audio; `other`. The catalogue of speech models has
+            rows of all kinds.
+        name: The name for people.
         usd_per_thousand_chars: The price in USD of a thousand characters of text, where it is priced by them.
         usd_per_generation: The price in USD of a job, however long its text, where it is priced so.
-        max_chars: The longest text it takes, in characters, where the catalogue says.
+        max_chars: The longest text it takes, in characters.
+        voices: The voices. There may be more: a cloned voice has an id of its own.
+        response_formats: The containers that can be asked for.
     """
 
     model_config = ConfigDict(frozen=True)
 
-    id: str
+    id: Word = Field(min_length=1)
+    kind: Literal["speech", "music", "clone", "other"] = "speech"
+    name: Word | None = None
     usd_per_thousand_chars: Money | None = None
     usd_per_generation: Money | None = None
-    max_chars: int | None = None
+    max_chars: int | None = Field(default=None, gt=0, lt=LONGEST_TEXT, strict=True)
+    voices: tuple[str, ...] = ()
+    response_formats: tuple[str, ...] = ()
 
     def price(self, text: str) -> Decimal | None:
         """Give the price of a text in USD, where the catalogue has it."""
         if self.usd_per_thousand_chars is None:
             return self.usd_per_generation
         return self.usd_per_thousand_chars * len(text) / 1000 + (self.usd_per_generation or 0)
+
+
+class Balance(BaseModel):
+    """What is left on the account. What the provider does not say, or says oddly, is None and not zero.
+
+    Attributes:
+        usd: US dollars.
+        xno: Nano.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    usd: Decimal | None = None
+    xno: Decimal | None = None
 
 
 HUMMED: Final = (
@@ -541,8 +585,8 @@ class AudioFile(BaseModel):
 def parse_status(body: Mapping[str, Any]) -> TTSStatus:
     """Read the JSON of a status answer.
 
-    `completed` without a URL counts as still waiting, since the provider's own sample waits on; so does any word that
-    is not known.
+    `completed` without a URL counts as still waiting, since the provider's own sample waits on. So does any word that
+    is not known, unless the answer says that it is the end: by `"terminal": true`, whatever the word, or by an error.
 
     Raises:
         ValueError: The body has no status and so is not an answer of this protocol.
@@ -551,17 +595,22 @@ def parse_status(body: Mapping[str, Any]) -> TTSStatus:
         >>> parse_status({"status": "pending", "queuePosition": 3}).queue_position
         3
     """
-    word = body.get("status")
-    if not isinstance(word, str) or not one_line(word, LONGEST_WORD):
+    told = body.get("status")
+    word = one_line(told, LONGEST_WORD).lower() if isinstance(told, str) else ""
+    is_end = body.get("terminal") is True
+    if not (word or is_end):
         raise ValueError("the answer has no status")
-    word = one_line(word, LONGEST_WORD).lower()
-    if word in _FAILURE_WORDS:
-        code, message = error_in(body)
+    code, message = error_in(body)
+    has_error = isinstance(body.get("error"), str | Mapping) and bool(code or message)
+    if word in _FAILURE_WORDS or (has_error and word not in _KNOWN_WORDS):
         if code is None and word == "content_policy_violation":
             code = CONTENT_POLICY_VIOLATION
         return Rejected(code=code or TTS_FAILED, message=message or "The provider gave no reason.")
-    if word in _SUCCESS_WORDS and (completed := _completed(body)):
+    if (is_end or word in _SUCCESS_WORDS) and (completed := _completed(body)):
         return completed
+    if is_end and word not in _SUCCESS_WORDS:
+        reason = message or f"The provider says that this is the end, with the status {word!r} and without audio."
+        return Rejected(code=code or TTS_FAILED, message=reason)
     position = body.get("queuePosition")
     is_one = type(position) is int and 0 <= position <= MOST_IN_QUEUE
     return Pending(word=word, queue_position=position if is_one else None)
@@ -570,7 +619,8 @@ def parse_status(body: Mapping[str, Any]) -> TTSStatus:
 def parse_submission(body: Mapping[str, Any], model: str) -> Ticket | Completed:
     """Read the JSON of an accepted submission: a ticket, or a URL where the model answers at once.
 
-    A ticket has been paid for, so whatever is odd about its other fields, a run id is enough to keep it.
+    A ticket has been paid for, so whatever is odd about its other fields, a run id is enough to keep it. As published
+    clients read it, that is `runId`, or else `id` where the answer has neither audio nor an error.
 
     Args:
         body: The answer.
@@ -579,33 +629,114 @@ def parse_submission(body: Mapping[str, Any], model: str) -> Ticket | Completed:
     Raises:
         ValueError: The body has neither a run id nor a URL.
     """
-    if run_id := body.get("runId"):
+    completed = _completed(body)
+    is_under_way = str(body.get("status") or "completed").strip().lower() not in _SUCCESS_WORDS
+    may_be_id = not body.get("error") and (completed is None or is_under_way)
+    if run_id := body.get("runId") or (body.get("id") if may_be_id else None):
         try:
             told = {**body, "runId": _text_of(run_id), "model": body.get("model") or model}
             return _of_what_is_sound(Ticket, told, model=model)
         except ValidationError:
             raise ValueError("its run id is none that can be asked for") from None
-    if completed := _completed(body):
+    if completed is not None:
         return completed
     raise ValueError("the answer has neither a run id nor an audio URL")
 
 
-def parse_speech_model(row: Mapping[str, Any]) -> SpeechModel:
-    """Read one row of the provider's catalogue of audio models; what is odd in it counts as not said."""
-    pricing = row.get("pricing")
-    pricing = pricing if isinstance(pricing, Mapping) and pricing.get("currency", "USD") == "USD" else {}
-    parameters = row.get("supported_parameters")
-    parameters = parameters if isinstance(parameters, Mapping) else {}
-    max_chars = parameters.get("max_chars")
+def parse_models(body: Mapping[str, Any]) -> list[AudioModel]:
+    """Read the provider's catalogue of audio models; a row without an id, or with one that was there, is passed over.
+
+    Raises:
+        ValueError: It is not a list of models.
+    """
+    rows = body.get("data")
+    if not isinstance(rows, list):
+        raise ValueError("the answer is not a list of models")
+    models: dict[str, AudioModel] = {}
+    for row in rows:
+        with suppress(ValidationError):
+            if isinstance(row, Mapping) and (model := _model_in(row)).id not in models:
+                models[model.id] = model
+    return list(models.values())
+
+
+def _model_in(row: Mapping[str, Any]) -> AudioModel:
+    parameters = _mapping(row.get("supported_parameters"))
     return _of_what_is_sound(
-        SpeechModel,
+        AudioModel,
         {
-            "id": str(row["id"]),
-            "usd_per_thousand_chars": pricing.get("per_thousand_chars"),
-            "usd_per_generation": pricing.get("per_generation"),
-            "max_chars": max_chars if type(max_chars) is int and 0 < max_chars < LONGEST_TEXT else None,
+            "id": row.get("id"),
+            "kind": _kind_of(row),
+            "name": row.get("name"),
+            **_prices_in(_mapping(row.get("pricing"))),
+            "max_chars": parameters.get("max_chars"),
+            "voices": _names_in(parameters.get("voices")),
+            "response_formats": _names_in(parameters.get("response_formats")),
         },
     )
+
+
+def _prices_in(pricing: Mapping[str, Any]) -> dict[str, Decimal]:
+    """Read a model's prices; none where it has, besides, a price that nothing here can count by or that is odd."""
+    told = {name: price for name, price in pricing.items() if name.startswith("per_") and price is not None}
+    counted = {name: told.pop(name) for name in ("per_thousand_chars", "per_generation") if name in told}
+    if any(told.values()) or str(pricing.get("currency", "USD")).upper() != "USD":
+        return {}
+    try:
+        return {f"usd_{name}": _MONEY.validate_python(price) for name, price in counted.items()}
+    except ValidationError:
+        return {}
+
+
+def _kind_of(row: Mapping[str, Any]) -> str:
+    """Tell speech from the other rows. Of many only the category tells, or the id: their flags are not set."""
+    capabilities = _mapping(row.get("capabilities"))
+    says_speech = capabilities.get("text_to_speech")
+    category, model = str(row.get("category") or "").lower(), str(row.get("id")).lower()
+    makes_voices = any(has_it and "clon" in str(name) for name, has_it in capabilities.items())
+    if "music" in category:
+        return "music"
+    if says_speech is True:
+        return "speech"
+    if "clon" in category or "clon" in model or (makes_voices and category != "audio_tts"):
+        return "clone"
+    if category == "audio_tts":
+        return "speech"
+    if "music" in model:
+        return "music"
+    return "other" if category or says_speech is False else "speech"
+
+
+def _names_in(listed: object) -> tuple[str, ...]:
+    """List the names that a parameter can have, each once, whether they are texts, or objects that have them."""
+    if isinstance(listed, Mapping):
+        listed = listed.get("values") or list(listed)
+    names: dict[str, None] = {}
+    for item in listed if isinstance(listed, list) else ():
+        name = next((item[key] for key in ("id", "name") if item.get(key)), None) if isinstance(item, Mapping) else item
+        if isinstance(name, str) and (name := one_line(name, LONGEST_WORD)):
+            names[name] = None
+    return tuple(names)
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def parse_balance(body: Mapping[str, Any]) -> Balance:
+    """Read the answer about the account's balance, whose amounts are numbers or decimal texts.
+
+    Raises:
+        ValueError: There is no amount in it.
+
+    Example:
+        >>> parse_balance({"usd_balance": "129.46956147", "nano_balance": "26.7"}).usd
+        Decimal('129.46956147')
+    """
+    balance = _of_what_is_sound(Balance, {"usd": body.get("usd_balance"), "xno": body.get("nano_balance")})
+    if balance == Balance():
+        raise ValueError("the answer has no balance")
+    return balance
 
 
 def error_in(body: object) -> tuple[str | None, str | None]:
@@ -613,7 +744,8 @@ def error_in(body: object) -> tuple[str | None, str | None]:
 
     Covers `{"error": {"message", "type", "code"}}`,
     `{"error": "text", "code"?, "status"?}`, `{"error": 400, "message"}`
-    and bare `{"message", "type"}`.
+    and bare `{"message", "type"}`. A refusal's code counts wherever it is, also at the beginning of the message: what
+    is refused must not be taken for what may be repeated.
     """
     if not isinstance(body, Mapping):
         return None, None
@@ -621,9 +753,12 @@ def error_in(body: object) -> tuple[str | None, str | None]:
     inner: Mapping[str, Any] = error if isinstance(error, Mapping) else {}
     messages = (inner.get("message"), error, body.get("message"))
     codes = (inner.get("code"), body.get("code"), inner.get("type"), body.get("type"))
-    lines = (one_line(hide((), text), LONGEST_MESSAGE) for text in messages if isinstance(text, str))
+    lines = [one_line(hide((), text), LONGEST_MESSAGE) for text in messages if isinstance(text, str)]
     message = next(filter(None, lines), None)
-    return next((code for code in map(normalize_code, codes) if code), None), message
+    known = [code for code in map(normalize_code, codes) if code]
+    if CONTENT_POLICY_VIOLATION in known or any(map(_POLICY.match, lines)):
+        return CONTENT_POLICY_VIOLATION, message
+    return next(iter(known), None), message
 
 
 def _text_of(run_id: object) -> object:
@@ -631,9 +766,11 @@ def _text_of(run_id: object) -> object:
 
 
 def _completed(body: Mapping[str, Any]) -> Completed | None:
-    urls = [body.get("audioUrl")]
-    if isinstance(several := body.get("audioUrls"), list):
-        urls += several
+    data = body.get("data")
+    urls: list[object] = []
+    for place in (body, data if isinstance(data, Mapping) else {}):
+        several = place.get("audioUrls")
+        urls += [place.get("audioUrl"), *(several if isinstance(several, list) else ()), place.get("url")]
     url = next((url for url in urls if isinstance(url, str) and url), None)
     if url is None:
         return None

@@ -204,7 +204,7 @@ async def _longest_part(
     if units(job.request.text) <= EVERY_MODEL_TAKES:
         return None
     try:
-        model = await client.model(job.request.model)
+        model = await client.find_model(job.request.model)
     except NanoGPTError as error:
         run_logger().warning("The catalogue could not be read for the longest text: %s", error)
         return None

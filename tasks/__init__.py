@@ -1,13 +1,22 @@
-"""One Prefect task per step: submit a job, poll it, save its audio, join what was saved."""
+"""One Prefect task per step: submit a job, poll it, save its audio, join what was saved; and what can be looked up."""
 
 import logging
 
 from prefect_nanogpt.tasks.audio import save_audio
+from prefect_nanogpt.tasks.catalogue import get_balance, list_models, list_voices
 from prefect_nanogpt.tasks.join import join_audio
 from prefect_nanogpt.tasks.log import is_news
 from prefect_nanogpt.tasks.status import get_tts_status
 from prefect_nanogpt.tasks.submit import submit_tts
 
-__all__ = ["get_tts_status", "join_audio", "save_audio", "submit_tts"]
+__all__ = [
+    "get_balance",
+    "get_tts_status",
+    "join_audio",
+    "list_models",
+    "list_voices",
+    "save_audio",
+    "submit_tts",
+]
 
 logging.getLogger("prefect.task_runs").addFilter(is_news)

@@ -92,7 +92,7 @@ class Budget:
         new = sorted({_request_of(job).model for job in jobs} - self._models.keys())
         try:
             for model in new:
-                self._models[model] = await self._client.model(model)
+                self._models[model] = await self._client.find_model(model)
         except NanoGPTError as error:
             self._models |= {model: None for model in new if model not in self._models}
             run_logger().warning(

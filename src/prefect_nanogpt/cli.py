@@ -1,4 +1,5 @@
-"""The command line: `prefect-nanogpt say`, `batch`, `wait`, `listen`, `serve`, `deploy` and `sandbox`.
+"""The command line: `prefect-nanogpt say`, `batch`, `wait`, `listen`, `serve`, `deploy`, `models`,
+`voices`, `balance` and `sandbox`.
 
 What is being done goes to standard error; standard output gets the location of the audio, or of the manifest of a
 batch, and nothing else.
@@ -27,7 +28,6 @@ import httpx
 from cyclopts import App, CycloptsError, Parameter, validators
 from prefect.exceptions import ParameterTypeError
 from prefect.logging.configuration import setup_logging
-from prefect.settings import get_current_settings
 from pydantic import SecretStr, TypeAdapter, ValidationError
 from rich.status import Status
 from rich.text import Text
@@ -56,6 +56,7 @@ from prefect_nanogpt.job import RESUBMIT, Resubmit
 from prefect_nanogpt.lines import COMPLETED, read_lines
 from prefect_nanogpt.lines import FILE_NAME as MANIFEST
 from prefect_nanogpt.listening import HOST, listening
+from prefect_nanogpt.lookups import balance, models, voices
 from prefect_nanogpt.models import (
     DEFAULT_MODEL,
     AudioFile,
@@ -78,12 +79,10 @@ from prefect_nanogpt.shell import (
     Port,
     UsageError,
     Words,
-    api_url,
     check_environment,
     console,
-    free_port,
+    prefect_api,
     prefect_failed,
-    prefect_server,
     refuse_if_given,
     say_if_it_hums,
     stop,
@@ -422,21 +421,8 @@ async def _until_stopped() -> None:
     await asyncio.Event().wait()
 
 
-@contextmanager
-def _prefect() -> Iterator[None]:
-    """Find the Prefect server that is set, or else run one for as long as this process."""
-    if api_url():
-        yield
-    elif not get_current_settings().server.ephemeral.enabled:
-        raise UsageError("PREFECT_API_URL is not set, and Prefect's settings allow no temporary server.")
-    else:
-        # As Prefect starts one by itself: without UI, and with no more services than flows need.
-        with prefect_server(free_port(), PREFECT_UI_ENABLED="false", PREFECT__SERVER_EPHEMERAL="1"):
-            yield
-
-
-app.command(serve)
-app.command(deploy)
+for _command in (serve, deploy, models, voices, balance):
+    app.command(_command)
 
 
 def main() -> int:
@@ -488,7 +474,7 @@ def _run_tracked(flow_run: Callable[[], Coroutine[Any, Any, str]], save_to: str)
     check_environment()
     stop.last_words = lambda: console.print(f"Stopped. {_to_go_on(save_to)}", markup=False)
     try:
-        with _progress(), _prefect():
+        with _progress(), prefect_api():
             location = stop.run(flow_run)
     except ParameterTypeError as error:
         raise UsageError(str(error).partition("\n - ")[2]) from None

@@ -57,6 +57,7 @@ from prefect_nanogpt.models import (
     TTSRequest,
     TTSStatus,
     error_in,
+    nearest,
     one_line,
     parse_balance,
     parse_models,
@@ -119,6 +120,7 @@ _NOTHING_SENT: Final = (
 # What httpx raises for an answer that is none: of its own kind, of a redirect's URL, of the codecs.
 _FAULTS: Final = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError, ValueError)
 UNREACHABLE: Final = "PROVIDER_UNREACHABLE"
+MODEL_NOT_FOUND: Final = "MODEL_NOT_FOUND"
 _UNPACKED: Final = frozenset({"gzip", "x-gzip", "deflate"})
 _PACKINGS: Final = _UNPACKED | {"br", "zstd", "compress"}
 """Others are said of what is not packed: `aws-chunked`, `utf-8`, `none`."""
@@ -484,7 +486,7 @@ class NanoGPTClient:
                 )
             raise
 
-    async def models(self) -> list[AudioModel]:
+    async def list_models(self) -> list[AudioModel]:
         """Read the provider's catalogue of audio models (`GET /v1/audio-models`), at most every five minutes.
 
         Its prices and models change, so this process keeps it for minutes only. It has rows that are no speech: see
@@ -503,15 +505,33 @@ class NanoGPTClient:
                 _catalogues[self.base_url] = time.monotonic(), models
             return models
 
-    async def model(self, model: str) -> AudioModel | None:
+    async def find_model(self, model: str) -> AudioModel | None:
         """Look a model up in the provider's catalogue; None where it is not in it.
 
         Raises:
             ProviderError: The catalogue could not be read.
         """
-        return next((found for found in await self.models() if found.id == model), None)
+        return next((found for found in await self.list_models() if found.id == model), None)
 
-    async def balance(self) -> Balance:
+    async def list_voices(self, model: str) -> list[str]:
+        """List the voices that the catalogue names for a model; none where it names none.
+
+        There may be more: voices that were cloned have ids of their own.
+
+        Raises:
+            ProviderError: The catalogue could not be read, or does not have the model (code `MODEL_NOT_FOUND`; the
+                message has the nearest ids).
+        """
+        if (found := await self.find_model(model)) is None:
+            near = nearest(model, [known.id for known in await self.list_models()])
+            meant = f" Perhaps {' or '.join(near)} is meant." if near else ""
+            raise ProviderError(
+                f"The catalogue of {self.base_url} has no model {_shown(model, self._secrets, LONGEST_WORD)!r}.{meant}",
+                code=MODEL_NOT_FOUND,
+            )
+        return list(found.voices)
+
+    async def get_balance(self) -> Balance:
         """Ask what is left on the account (`POST /check-balance`). Free of charge.
 
         Raises:

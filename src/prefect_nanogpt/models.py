@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from decimal import Decimal
+from difflib import get_close_matches
 from enum import Enum
 from functools import lru_cache
 from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
@@ -49,6 +50,7 @@ __all__ = [
     "check_option",
     "decimal_of",
     "field_of",
+    "nearest",
     "one_line",
     "options_of",
     "parse_balance",
@@ -717,6 +719,17 @@ def _names_in(listed: object) -> tuple[str, ...]:
         if isinstance(name, str) and (name := one_line(name, LONGEST_WORD)):
             names[name] = None
     return tuple(names)
+
+
+def nearest(name: str, known: Iterable[str]) -> list[str]:
+    """Give the known names that are most like one that is not known, the nearest first, at most three.
+
+    Example:
+        >>> nearest("elevenlabs v3", ["Elevenlabs-V3", "tts-1"])
+        ['Elevenlabs-V3']
+    """
+    plain = {plain_name(one): one for one in known}
+    return [plain[near] for near in get_close_matches(plain_name(name), plain)]
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

@@ -26,7 +26,7 @@ from typing import Annotated, Any, Final, TypeVar
 import httpx
 from cyclopts import Parameter, validators
 from prefect.exceptions import PrefectException
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 from rich.console import Console
 
 from prefect_nanogpt.client import problem_with_base_url
@@ -50,6 +50,7 @@ __all__ = [
     "check_port",
     "console",
     "free_port",
+    "prefect_api",
     "prefect_failed",
     "prefect_server",
     "refuse_if_given",
@@ -233,6 +234,19 @@ def prefect_server(port: int, **environment: str) -> Iterator[str]:
     os.environ["PREFECT_API_URL"] = f"{url}/api"
     with temporary_settings({PREFECT_API_URL: f"{url}/api"}):
         yield url
+
+
+@contextmanager
+def prefect_api() -> Iterator[None]:
+    """Find the Prefect server that is set, or else run one for as long as this process."""
+    if api_url():
+        yield
+    elif not get_current_settings().server.ephemeral.enabled:
+        raise UsageError("PREFECT_API_URL is not set, and Prefect's settings allow no temporary server.")
+    else:
+        # As Prefect starts one by itself: without UI, and with no more services than flows need.
+        with prefect_server(free_port(), PREFECT_UI_ENABLED="false", PREFECT__SERVER_EPHEMERAL="1"):
+            yield
 
 
 def api_url() -> str | None:

@@ -70,6 +70,7 @@ from prefect_nanogpt.models import (
 )
 from prefect_nanogpt.report import Artifact, escaped, link, links_to, only_to_look_at, to_hear_and_keep
 from prefect_nanogpt.storage import Links, absolute, kept_name
+from prefect_nanogpt.tasks.catalogue import check_names
 from prefect_nanogpt.tasks.ledgers import open_ledger
 from prefect_nanogpt.tasks.retries import is_worth_another_try
 from prefect_nanogpt.tasks.say import PlainSteps, say_in_one_task
@@ -125,6 +126,7 @@ async def text_to_speech_batch(
     max_cost: CostLimit = None,
     take: Take = 1,
     resubmit: Resubmitted = (),
+    strict: Annotated[bool, titled("Only known models and voices")] = False,
     allow_partial: Annotated[bool, titled("Allow lines without audio")] = False,
     artifact_key: ArtifactKey = "tts-batch",
     shards: Annotated[int, titled("Shards"), Field(ge=1, le=100)] = 1,
@@ -157,6 +159,8 @@ async def text_to_speech_batch(
             the same.
         take: Which rendition of the lines that do not say which: another number is another job, and is paid for.
         resubmit: Which jobs to submit anew although they may have been charged for: `uncertain`, `lost`, `refused`.
+        strict: Whether to refuse models and voices that the provider's catalogue does not have, instead of warning of
+            them. Where the catalogue cannot be read, the run goes on and says so.
         allow_partial: Whether a run some of whose lines have no audio after its last attempt is completed all the same,
             and returns its rows. One that a refused key, an empty balance or a limit has stopped is not.
         artifact_key: The key of the table of lines; lower-case letters, digits and dashes.
@@ -172,7 +176,8 @@ async def text_to_speech_batch(
     Raises:
         BatchPartial: Some lines have no audio, and `allow_partial` is not set; the state is named `TTS_BATCH_PARTIAL`,
             and `rows` tells of each line.
-        NanoGPTError: The lines are not in order (code `INVALID_LINES`, with all the problems) or cannot be read.
+        NanoGPTError: The lines are not in order (code `INVALID_LINES`, with all the problems) or cannot be read; or,
+            with `strict`, the catalogue does not have a model or a voice (code `NOT_IN_CATALOGUE`).
         ProviderError: `max_cost` does not allow it.
         StorageError: `save_to` cannot be used.
         CredentialsError: There is no usable API key.
@@ -208,6 +213,9 @@ async def text_to_speech_batch(
         if batch.todo:
             async with nanogpt_client(credentials) as client:
                 client.requests_per_second = requests_per_second
+                if shard is None and (new := batch.new_jobs()):
+                    requests = [job.request for job in new.values() if job.request]
+                    await check_names(requests, client, strict=strict)
                 budget = await batch.budget(cast(Decimal | None, max_cost), client)
                 if shards > 1 and shard is None and batch.refusal is None:
                     await _run_in_shards(batch, budget, shards, shard_deployment, credentials)

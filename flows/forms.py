@@ -7,7 +7,7 @@ own parameters are flat, and runs can be started with them in either way.
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from decimal import Decimal
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar
@@ -43,6 +43,7 @@ __all__ = [
     "Take",
     "TimeoutSeconds",
     "has_form",
+    "offering",
     "own_signature",
     "titled",
 ]
@@ -125,12 +126,15 @@ class _HasForm(Flow[P, R]):
 
     _first: tuple[str, ...]
     _left_out: tuple[str, ...]
+    _models: tuple[str, ...] = ()
 
     @property
     def __signature__(self) -> inspect.Signature:
         """The parameters as the form has them: Prefect makes the schema of a deployment of the flow's signature."""
         schema = parameter_schema(self.fn)
         defaults = get_parameter_defaults(self.fn)
+        if self._models and "model" in schema.properties:
+            schema.properties["model"]["anyOf"] = [{"enum": [*self._models]}, {"type": "string"}]
         shown = {name: _control(schema.properties[name], schema.definitions) for name in schema.properties}
         first = []
         for name in self._first:
@@ -159,7 +163,7 @@ class _HasForm(Flow[P, R]):
 
     def with_options(self, **options: Any) -> Flow[P, R]:
         """Make another version of the flow, as Prefect does."""
-        return has_form(*self._first, left_out=self._left_out)(super().with_options(**options))
+        return has_form(*self._first, left_out=self._left_out, models=self._models)(super().with_options(**options))
 
     def serialize_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
         """Give the parameters as they are stored, which is before they are validated."""
@@ -345,7 +349,15 @@ def own_signature(function: Callable[..., Any]) -> inspect.Signature:
     return vars(function).get(WRITTEN) or inspect.signature(function)
 
 
-def has_form(*first: str, left_out: tuple[str, ...] = ()) -> Callable[[Flow[P, R]], Flow[P, R]]:
+def offering(flow: Flow[P, R], models: Iterable[str]) -> Flow[P, R]:
+    """Make a version of a flow whose form names these models as the known ones, where there are any."""
+    assert isinstance(flow, _HasForm)
+    return has_form(*flow._first, left_out=flow._left_out, models=tuple(models))(flow.with_options())
+
+
+def has_form(
+    *first: str, left_out: tuple[str, ...] = (), models: tuple[str, ...] = ()
+) -> Callable[[Flow[P, R]], Flow[P, R]]:
     """Give a flow a form of plain controls, and keep API keys out of the parameters that Prefect stores of its runs.
 
     Prefect stores the parameters of a run before it validates them, a block without its secrets and a dict as it is.
@@ -353,11 +365,12 @@ def has_form(*first: str, left_out: tuple[str, ...] = ()) -> Callable[[Flow[P, R
     Args:
         first: The parameters that come first, in this order; the others are in *Advanced*.
         left_out: The parameters that no person sets.
+        models: The models that the form names as known; none for the documented ones.
     """
 
     def make(flow: Flow[P, R]) -> Flow[P, R]:
         flow.__class__ = _HasForm
-        vars(flow).update(_first=first, _left_out=left_out)
+        vars(flow).update(_first=first, _left_out=left_out, _models=models)
         flow.should_validate_parameters = True  # without which parameters of forms would reach the function
         written = own_signature(flow.fn)
         vars(flow.fn).update({WRITTEN: written, "__signature__": _with_what_forms_have(written)})

@@ -8,9 +8,8 @@ from prefect import flow
 from prefect.runtime import flow_run as this_flow_run
 from pydantic import ValidationError
 
-from prefect_nanogpt.client import NanoGPTClient
 from prefect_nanogpt.credentials import nanogpt_client
-from prefect_nanogpt.errors import NanoGPTError, StorageError
+from prefect_nanogpt.errors import NanoGPTError
 from prefect_nanogpt.events import run_logger
 from prefect_nanogpt.flows.ending import (
     PLAIN_JSON,
@@ -36,8 +35,8 @@ from prefect_nanogpt.flows.forms import (
     has_form,
     titled,
 )
-from prefect_nanogpt.job import Terms, find, say
-from prefect_nanogpt.ledger import Entry, Job, Ledger, Plan
+from prefect_nanogpt.job import Terms, find, say, would_be_submitted
+from prefect_nanogpt.ledger import Job
 from prefect_nanogpt.long_text import LEAST_PART, units
 from prefect_nanogpt.models import (
     DEFAULT_MODEL,
@@ -51,14 +50,12 @@ from prefect_nanogpt.models import (
 )
 from prefect_nanogpt.report import Report
 from prefect_nanogpt.storage import absolute
+from prefect_nanogpt.tasks.catalogue import check_names
 from prefect_nanogpt.tasks.ledgers import open_ledger
-from prefect_nanogpt.tasks.parts import say_in_parts
+from prefect_nanogpt.tasks.parts import longest_part, say_in_parts
 from prefect_nanogpt.tasks.say import TaskSteps
 
 __all__ = ["text_to_speech"]
-
-EVERY_MODEL_TAKES = 500
-"""In characters. The least that the provider's catalogue was seen to name is 512."""
 
 
 def run_name() -> str:
@@ -94,6 +91,7 @@ async def text_to_speech(
     take: Take = 1,
     resubmit: Resubmitted = (),
     max_chars: Annotated[int | None, titled("Longest part, in characters", ge=LEAST_PART)] = None,
+    strict: Annotated[bool, titled("Only known models and voices")] = False,
     name: FileName = None,
     artifact_key: ArtifactKey = "tts-audio",
 ) -> AudioFile:
@@ -122,6 +120,8 @@ async def text_to_speech(
             (the provider refused the text).
         max_chars: Split a text that is longer than this into parts, each a job, and join their audio; at least 20, in
             UTF-16 code units. None for the model's limit in the provider's catalogue, where it has one.
+        strict: Whether to refuse a model or voice that the provider's catalogue does not have, instead of warning of
+            it. Where the catalogue cannot be read, the run goes on and says so.
         name: What to call the file, without extension; None for the provider's run id.
         artifact_key: The key of the report; lower-case letters, digits and dashes.
 
@@ -164,8 +164,10 @@ async def text_to_speech(
             said = await find(job, terms, entry)
             if said is None:
                 async with nanogpt_client(credentials) as client:
+                    if would_be_submitted(entry, resubmit):
+                        await check_names([request], client, strict=strict)
                     plan = await ledger.run(ledger.plan, job.id)
-                    limit = await _longest_part(job, plan, ledger, entry, max_chars, client)
+                    limit = await longest_part(job, plan, ledger, entry, max_chars, client)
                     if limit is not None and units(text.strip()) > limit:
                         said = await say_in_parts(job, terms, limit, plan, client, cost_limit, report)
                     else:
@@ -176,41 +178,6 @@ async def text_to_speech(
     except NanoGPTError as error:
         await report.failed(error)
         return cast(AudioFile, await failed(error, final=not may_go_better(error)))
-
-
-async def _longest_part(
-    job: Job, plan: Plan | None, ledger: Ledger, entry: Entry, max_chars: int | None, client: NanoGPTClient
-) -> int | None:
-    """Tell how long the parts of a text may be; None for a text that is to be said whole.
-
-    A text that was submitted whole stays whole, and one that was split is split at the same places again, also where
-    the catalogue cannot be read any more: what is paid for is found only so.
-
-    Raises:
-        StorageError: Nobody knows where the text was split.
-    """
-    assert job.request is not None
-    if plan is not None and (max_chars is None or entry.saved):
-        return plan.limit
-    if plan is None and "plan" in entry.states.get(1, ()) and max_chars is None:
-        raise StorageError(
-            f"The note of how this text was split ({job.id}.1.plan.json in {ledger.place}) is damaged, so its parts, "
-            "which may be paid for, cannot be found. Give the length of the parts as `max_chars`."
-        )
-    if plan is None and (entry.is_paid or entry.over in ("uncertain", "refused", "lost")):
-        return None
-    if max_chars is not None:
-        return max_chars
-    if units(job.request.text) <= EVERY_MODEL_TAKES:
-        return None
-    try:
-        model = await client.find_model(job.request.model)
-    except NanoGPTError as error:
-        run_logger().warning("The catalogue could not be read for the longest text: %s", error)
-        return None
-    if model is None or model.max_chars is None or model.max_chars < LEAST_PART:
-        return None  # nothing is said, or nothing that can be meant
-    return model.max_chars
 
 
 def _request(options: Options, fields: dict[str, Any]) -> TTSRequest:

@@ -4,12 +4,14 @@ import logging
 
 from prefect_nanogpt.tasks.audio import save_audio
 from prefect_nanogpt.tasks.catalogue import get_balance, list_models, list_voices
+from prefect_nanogpt.tasks.estimates import estimate
 from prefect_nanogpt.tasks.join import join_audio
 from prefect_nanogpt.tasks.log import is_news
 from prefect_nanogpt.tasks.status import get_tts_status
 from prefect_nanogpt.tasks.submit import submit_tts
 
 __all__ = [
+    "estimate",
     "get_balance",
     "get_tts_status",
     "join_audio",

@@ -1,17 +1,23 @@
 """What the provider offers, and what is left of the money, as tasks."""
 
+from collections.abc import Collection
 from typing import Any, Final
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from prefect_nanogpt.catalogue import doubts_about
+from prefect_nanogpt.client import NanoGPTClient
 from prefect_nanogpt.credentials import NanoGPTCredentials, nanogpt_client
-from prefect_nanogpt.models import AudioModel, Balance
+from prefect_nanogpt.errors import NanoGPTError
+from prefect_nanogpt.events import run_logger
+from prefect_nanogpt.models import AudioModel, Balance, TTSRequest
 from prefect_nanogpt.tasks.limits import stay_under_rate_limit
 from prefect_nanogpt.tasks.retries import JITTER, may_help
 
-__all__ = ["get_balance", "list_models", "list_voices"]
+__all__ = ["check_names", "get_balance", "list_models", "list_voices"]
 
+NOT_IN_CATALOGUE: Final = "NOT_IN_CATALOGUE"
 RETRIED: Final[dict[str, Any]] = {
     "retries": 3,
     "retry_delay_seconds": [1, 4, 15],
@@ -124,3 +130,25 @@ async def get_balance(credentials: NanoGPTCredentials | str | None = None) -> Ba
     async with nanogpt_client(credentials) as client:
         await stay_under_rate_limit()
         return await client.get_balance()
+
+
+async def check_names(requests: Collection[TTSRequest], client: NanoGPTClient, *, strict: bool) -> None:
+    """Warn of models, voices and containers that are doubtful, before anything is submitted.
+
+    Where the catalogue cannot be read, that is said, and the run goes on without it.
+
+    Raises:
+        NanoGPTError: The catalogue does not have a model or a voice, and `strict` is set (code `NOT_IN_CATALOGUE`).
+    """
+    catalogue = None
+    try:
+        catalogue = await client.list_models()
+    except NanoGPTError as error:
+        run_logger().warning(
+            "The catalogue cannot be read, so whether it has the models and voices is not known: %s", error
+        )
+    doubts = doubts_about(requests, catalogue)
+    if doubts.names and strict:
+        raise NanoGPTError(f"{' '.join(doubts.names)} Nothing was submitted.", code=NOT_IN_CATALOGUE)
+    for doubt in [*doubts.names, *doubts.formats]:
+        run_logger().warning(doubt)

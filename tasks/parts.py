@@ -10,21 +10,72 @@ from typing import Final
 
 from prefect_nanogpt.budget import COST_LIMIT_EXCEEDED, Budget
 from prefect_nanogpt.client import NanoGPTClient
-from prefect_nanogpt.errors import AudioError, NanoGPTError, require_extra
+from prefect_nanogpt.errors import AudioError, NanoGPTError, StorageError, require_extra
 from prefect_nanogpt.events import run_logger
 from prefect_nanogpt.job import Said, Terms, save_whole, would_be_submitted
 from prefect_nanogpt.joining import join
 from prefect_nanogpt.ledger import Entry, Job, Ledger, Plan
-from prefect_nanogpt.long_text import spans
+from prefect_nanogpt.long_text import LEAST_PART, spans, units
 from prefect_nanogpt.models import AudioFile
 from prefect_nanogpt.report import Report, only_to_look_at
 from prefect_nanogpt.tasks.join import bytes_of
 from prefect_nanogpt.tasks.say import PlainSteps, say_in_one_task
 
-__all__ = ["say_in_parts"]
+__all__ = ["longest_part", "parts_of", "plan_of", "say_in_parts"]
 
+EVERY_MODEL_TAKES: Final = 500
+"""In characters. The least that the provider's catalogue was seen to name is 512."""
 PARTS_AT_ONCE: Final = 8
 REPORT_SECONDS: Final = 5.0
+
+
+async def longest_part(
+    job: Job, plan: Plan | None, ledger: Ledger, entry: Entry, max_chars: int | None, client: NanoGPTClient
+) -> int | None:
+    """Tell how long the parts of a text may be; None for a text that is to be said whole.
+
+    A text that was submitted whole stays whole, and one that was split is split at the same places again, also where
+    the catalogue cannot be read any more: what is paid for is found only so.
+
+    Raises:
+        StorageError: Nobody knows where the text was split.
+    """
+    assert job.request is not None
+    if plan is not None and (max_chars is None or entry.saved):
+        return plan.limit
+    if plan is None and "plan" in entry.states.get(1, ()) and max_chars is None:
+        raise StorageError(
+            f"The note of how this text was split ({job.id}.1.plan.json in {ledger.place}) is damaged, so its parts, "
+            "which may be paid for, cannot be found. Give the length of the parts as `max_chars`."
+        )
+    if plan is None and (entry.is_paid or entry.over in ("uncertain", "refused", "lost")):
+        return None
+    if max_chars is not None:
+        return max_chars
+    if units(job.request.text) <= EVERY_MODEL_TAKES:
+        return None
+    try:
+        model = await client.find_model(job.request.model)
+    except NanoGPTError as error:
+        run_logger().warning("The catalogue could not be read for the longest text: %s", error)
+        return None
+    if model is None or model.max_chars is None or model.max_chars < LEAST_PART:
+        return None  # nothing is said, or nothing that can be meant
+    return model.max_chars
+
+
+async def plan_of(job: Job, limit: int) -> Plan:
+    """Tell where to split a text, into parts of at most so many UTF-16 code units."""
+    assert job.request is not None
+    require_extra("long", "The text is longer than the model takes. To say it in parts")
+    return Plan(limit=limit, spans=await asyncio.to_thread(spans, job.request.text, limit, job.request.language))
+
+
+def parts_of(job: Job, plan: Plan) -> list[Job]:
+    """Give the jobs of the parts of a text, in order; equal ones are the same job."""
+    assert job.request is not None
+    requests = [job.request.model_copy(update={"text": job.request.text[start:end]}) for start, end in plan.spans]
+    return [Job(job.provider, request, job.take, is_part=True) for request in requests]
 
 
 async def say_in_parts(
@@ -50,17 +101,15 @@ async def say_in_parts(
         NanoGPTError: The first failure of a part; or the parts cannot be joined.
     """
     assert job.request is not None
-    require_extra("long", "The text is longer than the model takes. To say it in parts")
     ledger = terms.ledger
     if plan is None or plan.limit != limit:
-        plan = Plan(limit=limit, spans=await asyncio.to_thread(spans, job.request.text, limit, job.request.language))
+        plan = await plan_of(job, limit)
         await ledger.run(ledger.note_plan, job.id, plan)
-    texts = [job.request.text[start:end] for start, end in plan.spans]
-    parts = [Job(job.provider, job.request.model_copy(update={"text": text}), job.take, is_part=True) for text in texts]
+    parts = parts_of(job, plan)
     unique = {part.id: part for part in parts}
     entries = await ledger.run(ledger.entries)
     known = {part: entries.get(part) or Entry(part) for part in unique}
-    run_logger().info("%d characters are split into %d parts of at most %d.", len(job.request.text), len(texts), limit)
+    run_logger().info("%d characters are split into %d parts of at most %d.", len(job.request.text), len(parts), limit)
     places = asyncio.Semaphore(PARTS_AT_ONCE)
     failures: list[NanoGPTError] = []
     done: dict[str, AudioFile] = {}
@@ -77,13 +126,13 @@ async def say_in_parts(
             if failures and not (failures[0].code == COST_LIMIT_EXCEEDED and known[part.id].is_paid):
                 return
             try:
-                said = await say_in_one_task(f"part {number} of {len(texts)}", part, terms, steps, known[part.id])
+                said = await say_in_one_task(f"part {number} of {len(parts)}", part, terms, steps, known[part.id])
             except NanoGPTError as error:
-                error.message = f"Part {number} of {len(texts)}: {error.message}"
+                error.message = f"Part {number} of {len(parts)}: {error.message}"
                 failures.append(error)
                 return
         done[part.id] = said.audio
-        run_logger().info("Part %d of %d is here.", number, len(texts))
+        run_logger().info("Part %d of %d is here.", number, len(parts))
         if time.monotonic() - told > REPORT_SECONDS:
             await tell()
             await report.waiting()

@@ -56,7 +56,7 @@ from prefect_nanogpt.job import RESUBMIT, Resubmit
 from prefect_nanogpt.lines import COMPLETED, read_lines
 from prefect_nanogpt.lines import FILE_NAME as MANIFEST
 from prefect_nanogpt.listening import HOST, listening
-from prefect_nanogpt.lookups import balance, models, voices
+from prefect_nanogpt.lookups import balance, dry_run, models, voices
 from prefect_nanogpt.models import (
     DEFAULT_MODEL,
     AudioFile,
@@ -147,6 +147,8 @@ class JobOptions:
         max_cost: The most that all may cost, in USD, earlier runs and failed tries included.
         take: Which rendition; another number is another job, and is paid for.
         resubmit: Submit anew what is uncertain, lost or refused, although it may have been charged for.
+        strict: Refuse a model or voice that the provider's catalogue does not have.
+        dry_run: Show what it would cost, by the catalogue and what is paid for, and submit nothing.
     """
 
     model: Words = DEFAULT_MODEL
@@ -157,12 +159,19 @@ class JobOptions:
     max_cost: Usd = None
     take: PositiveInt = 1
     resubmit: Annotated[tuple[Resubmit, ...], SEVERAL] = ()
+    strict: Annotated[bool, Parameter(negative=())] = False
+    dry_run: Annotated[bool, Parameter(negative=())] = False
 
     @property
     def parameters(self) -> dict[str, Any]:
         """Give them as the flows take them."""
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "dry_run"}
         return {"options": _options(given.pop("option")), **given}
+
+    @property
+    def of_an_estimate(self) -> dict[str, Any]:
+        """Give what an estimate takes of them."""
+        return {name: value for name, value in self.parameters.items() if name not in ("timeout_seconds", "max_cost")}
 
 
 @app.command
@@ -194,6 +203,8 @@ def say(
     given = {name: value for name, value in named.items() if value is not None}
     with _usage():
         request_with(parameters["options"], {**given, "text": said})
+    if job.dry_run:
+        return dry_run(said, speed=speed, response_format=response_format, **job.of_an_estimate)
 
     saved: list[str] = []
 
@@ -322,6 +333,8 @@ def batch(
         read_lines(lines, {"model": job.model, "voice": job.voice, **parameters["options"]}, job.take)
     except NanoGPTError as error:
         raise UsageError(str(error)) from None
+    if job.dry_run:
+        return dry_run(lines=lines, **job.of_an_estimate)
 
     async def run(credentials: NanoGPTCredentials) -> str:
         await text_to_speech_batch(

@@ -57,12 +57,12 @@ from prefect_nanogpt.models import (
     TTSRequest,
     TTSStatus,
     error_in,
-    nearest,
     one_line,
     parse_balance,
     parse_models,
     parse_status,
     parse_submission,
+    perhaps,
 )
 
 __all__ = [
@@ -89,6 +89,8 @@ LONGEST_LOOK_SECONDS: Final = 30.0
 LONGEST_ANSWER_SECONDS: Final = 240.0
 LARGEST_JSON_BYTES: Final = 8 * 1024**2
 LARGEST_CATALOGUE_BYTES: Final = 32 * 1024**2
+LONGEST_CATALOGUE_SECONDS: Final = 10.0
+"""Runs go on without it, and are not to wait for it for long."""
 CATALOGUE_KEPT_SECONDS: Final = 300.0
 LARGEST_ANSWER_BYTES: Final = 128 * 1024**2
 """Of a submission, which some models answer with the audio."""
@@ -499,9 +501,8 @@ class NanoGPTClient:
             read_at, models = _catalogues.get(self.base_url, (-math.inf, []))
             if time.monotonic() - read_at > CATALOGUE_KEPT_SECONDS:
                 params = {"detailed": "true", "type": "tts"}
-                models = await self._read_from(
-                    "GET", "/v1/audio-models", parse_models, LARGEST_CATALOGUE_BYTES, params=params
-                )
+                bounds = LARGEST_CATALOGUE_BYTES, LONGEST_CATALOGUE_SECONDS
+                models = await self._read_from("GET", "/v1/audio-models", parse_models, *bounds, params=params)
                 _catalogues[self.base_url] = time.monotonic(), models
             return models
 
@@ -523,8 +524,7 @@ class NanoGPTClient:
                 message has the nearest ids).
         """
         if (found := await self.find_model(model)) is None:
-            near = nearest(model, [known.id for known in await self.list_models()])
-            meant = f" Perhaps {' or '.join(near)} is meant." if near else ""
+            meant = perhaps(model, [known.id for known in await self.list_models()])
             raise ProviderError(
                 f"The catalogue of {self.base_url} has no model {_shown(model, self._secrets, LONGEST_WORD)!r}.{meant}",
                 code=MODEL_NOT_FOUND,
@@ -545,6 +545,7 @@ class NanoGPTClient:
         path: str,
         parse: Callable[[dict[str, Any]], R],
         largest: int = LARGEST_JSON_BYTES,
+        seconds: float = LONGEST_LOOK_SECONDS,
         **sent: Any,
     ) -> R:
         """Read something from the API with a request that changes nothing, and parse its JSON.
@@ -555,7 +556,7 @@ class NanoGPTClient:
         try:
             request = self._api.build_request(method, f"{self.base_url}{path}", **sent)
             async with self.turn():
-                answer = await self._read(self._api, request, largest, LONGEST_LOOK_SECONDS)
+                answer = await self._read(self._api, request, largest, seconds)
         except _FAULTS as error:
             raise ProviderError(
                 f"{self.base_url} could not be reached ({self._words(error)}).", code=UNREACHABLE, retryable=True

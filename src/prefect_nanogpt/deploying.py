@@ -32,6 +32,7 @@ from prefect.types.entrypoint import EntrypointType
 from prefect_nanogpt.credentials import NanoGPTCredentials, find_credentials
 from prefect_nanogpt.errors import CredentialsError, NanoGPTError, without_login
 from prefect_nanogpt.flows import collect_open_tickets, text_to_speech, text_to_speech_batch, wait_for_tts
+from prefect_nanogpt.flows.forms import offering
 from prefect_nanogpt.folders import LISTEN_URL
 from prefect_nanogpt.folders import PORT as LISTEN_PORT
 from prefect_nanogpt.listening import listening
@@ -165,6 +166,7 @@ def serve(*, port: Port = 4200, listen_port: Port = LISTEN_PORT) -> int:
 
 
 async def _serve(served: list[UUID], where: str) -> None:
+    models = await _known_models()
     async with get_client() as client:
         found = await _look(client, pool=None)
         for name in await _served_by_another(client, found.ours.values()):
@@ -175,7 +177,7 @@ async def _serve(served: list[UUID], where: str) -> None:
     runner = Runner(pause_on_shutdown=True)
     for deployment in DEPLOYMENTS:
         existing = found.ours.get(deployment.full_name)
-        served.append(await runner.aadd_deployment(_runner_deployment(deployment, existing, paused=False)))
+        served.append(await runner.aadd_deployment(_runner_deployment(deployment, existing, models, paused=False)))
     console.print(f"The flows are {where}. Ctrl-C stops everything.", markup=False)
     console.print(f"Audio goes to {Path.cwd() / 'audio'}, unless `save_to` says otherwise.", markup=False)
     console.print(f"It can be heard at {without_login(os.environ[LISTEN_URL])}", markup=False)
@@ -234,6 +236,7 @@ async def _deploy(pool_name: str, image: str | None, save_to: str | None) -> int
         found = await _look(client, pool=pool_name)
         _refuse_those_of_others(found)
         await NanoGPTCredentials.aregister_type_and_schema(client=client)
+    models = await _known_models()
     for deployment in DEPLOYMENTS:
         existing = found.ours.get(deployment.full_name)
         parameters = dict(existing.parameters) if existing else {}
@@ -243,6 +246,7 @@ async def _deploy(pool_name: str, image: str | None, save_to: str | None) -> int
         await _runner_deployment(
             deployment,
             existing,
+            models,
             paused=existing.paused if existing else False,
             parameters=parameters,
             work_pool_name=pool_name,
@@ -291,12 +295,30 @@ def _durable(pool: WorkPool, save_to: str | None) -> str:
     return save_to
 
 
+async def _known_models() -> list[str]:
+    """Read the models that forms name as known; none where the catalogue cannot be read, which fails nothing."""
+    try:
+        async with (await find_credentials()).get_client() as client:
+            return [model.id for model in await client.list_models() if model.kind == "speech"]
+    except CredentialsError:
+        why = "there is no key to ask NanoGPT with"
+    except NanoGPTError as error:
+        why = f"NanoGPT's catalogue cannot be read ({error})"
+    console.print(f"The forms name the documented models, because {why}.", markup=False)
+    return []
+
+
 def _runner_deployment(
-    deployment: Deployment, existing: DeploymentResponse | None, *, paused: bool, **of_a_pool: Any
+    deployment: Deployment,
+    existing: DeploymentResponse | None,
+    models: Sequence[str],
+    *,
+    paused: bool,
+    **of_a_pool: Any,
 ) -> RunnerDeployment:
     """Give a deployment as Prefect applies it: whole where it is new, else with no more than has to be renewed."""
     made = RunnerDeployment.from_flow(
-        deployment.flow,
+        offering(deployment.flow, models),
         deployment.flow.name,
         paused=paused,
         description=deployment.description,

@@ -50,13 +50,13 @@ __all__ = [
     "check_option",
     "decimal_of",
     "field_of",
-    "nearest",
     "one_line",
     "options_of",
     "parse_balance",
     "parse_models",
     "parse_status",
     "parse_submission",
+    "perhaps",
     "plain",
     "plain_name",
     "problems_in",
@@ -721,15 +721,16 @@ def _names_in(listed: object) -> tuple[str, ...]:
     return tuple(names)
 
 
-def nearest(name: str, known: Iterable[str]) -> list[str]:
-    """Give the known names that are most like one that is not known, the nearest first, at most three.
+def perhaps(name: str, known: Iterable[str]) -> str:
+    """Give a sentence with the known names that are most like one that is not known; nothing where none is like it.
 
     Example:
-        >>> nearest("elevenlabs v3", ["Elevenlabs-V3", "tts-1"])
-        ['Elevenlabs-V3']
+        >>> perhaps("elevenlabs v3", ["Elevenlabs-V3", "tts-1"])
+        ' Perhaps Elevenlabs-V3 is meant.'
     """
     plain = {plain_name(one): one for one in known}
-    return [plain[near] for near in get_close_matches(plain_name(name), plain)]
+    near = [plain[one] for one in get_close_matches(plain_name(name), plain, cutoff=0.7)]
+    return f" Perhaps {' or '.join(near)} is meant." if near else ""
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

@@ -20,6 +20,7 @@ from prefect_nanogpt.flows.forms import own_signature
 
 __all__ = [
     "collect_open_tickets",
+    "estimate",
     "get_balance",
     "get_tts_status",
     "join_audio",
@@ -106,6 +107,7 @@ get_tts_status = _blocking("get_tts_status", tasks.get_tts_status)
 submit_tts = _blocking("submit_tts", tasks.submit_tts)
 save_audio = _blocking("save_audio", tasks.save_audio)
 join_audio = _blocking("join_audio", tasks.join_audio)
+estimate = _blocking("estimate", tasks.estimate)
 list_models = _blocking("list_models", tasks.list_models)
 list_voices = _blocking("list_voices", tasks.list_voices)
 get_balance = _blocking("get_balance", tasks.get_balance)

@@ -779,13 +779,6 @@ class TestResubmit:
         assert len(sandbox.ledger.charges) == 2
 
 
-class PerGeneration(Model):
-    """A model of the catalogue that costs the same whatever its text."""
-
-    def row(self) -> dict[str, Any]:
-        return {**super().row(), "pricing": {"currency": "USD", "per_generation": 0.4}}
-
-
 class TestBudget:
     async def test_failed_tries_and_earlier_runs_count(self, sandbox: Sandbox, say: dict[str, Any]) -> None:
         text = "[sandbox:fail] Again."
@@ -807,7 +800,9 @@ class TestBudget:
     async def test_a_price_per_generation_is_read(
         self, sandbox: Sandbox, say: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setitem(MODELS, "flat", PerGeneration("flat", "ticket", Decimal(25), None, ""))
+        monkeypatch.setitem(
+            MODELS, "flat", Model("flat", "ticket", Decimal("0.4"), None, "", priced_by="per_generation")
+        )
         with pytest.raises(ProviderError, match=r"costs 1\.2 USD") as caught:
             await text_to_speech("\n\n".join(PARAGRAPHS), model="flat", max_chars=20, max_cost=Decimal(1), **say)
         assert caught.value.code == "COST_LIMIT_EXCEEDED"

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,13 @@ def test_a_synchronous_model_answers_with_the_audio(sandbox: Sandbox, api: httpx
     assert answer.headers["content-type"] == "audio/mpeg"
     assert decode(answer.content)[0] > 0.3
     assert len(sandbox.ledger.charges) == 1
+
+
+def test_a_model_can_answer_with_a_wav_at_once(api: httpx.Client) -> None:
+    answer = submit(api, model="gemini-2.5-flash-preview-tts", voice="Kore", response_format="mp3")
+
+    assert answer.headers["content-type"] == "audio/wav"
+    assert answer.content.startswith(b"RIFF")
 
 
 def test_the_default_model_answers_with_the_url_of_a_wav(api: httpx.Client) -> None:
@@ -374,18 +382,78 @@ def test_a_scripted_rejection_refunds_too(sandbox: Sandbox, api: httpx.Client) -
 # Neighbours
 
 
-def test_balance_and_catalogue(sandbox: Sandbox, api: httpx.Client) -> None:
-    balance = api.post("/check-balance").json()
-    catalogue = httpx.get(f"{sandbox.base_url}/v1/audio-models", params={"detailed": "true", "type": "tts"}).json()
+def test_the_balance_is_told_in_plain_decimals(sandbox: Sandbox, api: httpx.Client) -> None:
+    assert api.post("/check-balance", json={}).json() == {
+        "usd_balance": "100",
+        "nano_balance": "0",
+        "nanoDepositAddress": "nano_1sandbox",
+    }
+    with Sandbox(balance="0.0000001") as poor:
+        answer = httpx.post(f"{poor.base_url}/check-balance", headers={"x-api-key": KEY})
+    assert answer.json()["usd_balance"] == "0.0000001"
 
-    assert balance["usd_balance"] == "100"
-    rows = {row["id"]: row for row in catalogue["data"]}
-    assert len(rows) == catalogue["meta"]["count"] == 7
-    assert rows[MODEL]["pricing"] == {"currency": "USD", "per_thousand_chars": 0.06}
-    assert rows[MODEL]["supported_parameters"]["max_chars"] == 10_000
-    assert len(rows[MODEL]["supported_parameters"]["voices"]) == 46
-    assert rows[MODEL]["capabilities"]["text_to_speech"] is True
-    assert "Qwen-3-TTS-1.7B" not in rows, "its price is not known"
+
+def test_the_catalogue_is_detailed_unless_told_otherwise(sandbox: Sandbox) -> None:
+    url = f"{sandbox.base_url}/v1/audio-models"
+    body = httpx.get(url, params={"type": "tts"}).json()
+    brief = httpx.get(url, params={"detailed": "false"}).json()
+
+    rows = {row["id"]: row for row in body["data"]}
+    assert len(rows) == body["meta"]["count"] == brief["meta"]["count"] == 12
+    assert abs(datetime.fromisoformat(body["meta"]["generated_at"]) - datetime.now(UTC)) < timedelta(minutes=1)
+    assert abs(rows[MODEL].pop("created") - time.time()) < 60
+    assert len(rows[MODEL]["supported_parameters"].pop("voices")) == 46
+    assert rows[MODEL] == {
+        "id": MODEL,
+        "object": "model",
+        "owned_by": "sandbox",
+        "name": MODEL,
+        "description": "Sandbox stand-in.",
+        "architecture": {"modality": "text->audio", "input_modalities": ["text"], "output_modalities": ["audio"]},
+        "pricing": {"currency": "USD", "per_thousand_chars": 0.06},
+        "capabilities": {"text_to_speech": True},
+        "supported_parameters": {"max_chars": 10_000},
+        "category": "audio_tts",
+    }
+    assert all(row.keys() == {"id", "object", "created", "owned_by"} for row in brief["data"])
+    assert httpx.get(url, params={"type": "stt"}).json()["data"] == []
+    assert "Qwen-3-TTS-1.7B" not in rows
+
+
+def test_the_rows_of_the_catalogue_differ_as_the_provider_s_do(sandbox: Sandbox, api: httpx.Client) -> None:
+    rows = {row["id"]: row for row in api.get("/v1/audio-models", params={"type": "tts"}).json()["data"]}
+
+    flagged = {id for id, row in rows.items() if row["capabilities"].get("text_to_speech")}
+    speech = {id for id, row in rows.items() if row.get("category") == "audio_tts"}
+    assert flagged < speech
+    assert rows.keys() - speech == {"Elevenlabs-Music-V1", "minimax-voice-clone"}
+    assert rows["Elevenlabs-Music-V1"]["category"] == "audio_music"
+    assert rows["Elevenlabs-Music-V1"]["pricing"] == {"currency": "USD", "per_second": 0.01, "minimum": 0.1}
+    assert rows["minimax-voice-clone"]["pricing"] == {"currency": "USD", "per_generation": 1.0}
+    assert {id for id in speech if "pricing" not in rows[id]} == {
+        "Minimax-Speech-2.8-HD",
+        "gemini-2.5-flash-preview-tts",
+    }
+    assert rows["Minimax-Speech-2.8-HD"]["supported_parameters"]["language"] == {
+        "default": "Auto",
+        "values": ["Auto", "English", "Chinese", "Japanese"],
+    }
+    for model in rows.keys() - speech:
+        assert submit(api, model=model).json()["code"] == "model_not_found"
+
+
+def test_a_model_can_cost_the_same_whatever_its_text(sandbox: Sandbox, api: httpx.Client) -> None:
+    for text in ("Short.", "Longer. " * 100):
+        ticket = submit(api, text, model="microsoft/vibevoice").json()
+        assert ticket["cost"] == 0.15
+        assert status(api, ticket, model="microsoft/vibevoice").json()["status"] == "completed"
+    assert sandbox.ledger.charged_total == Decimal("0.30")
+
+
+def test_a_cloned_voice_is_taken(api: httpx.Client) -> None:
+    ticket = submit(api, model="Minimax-Speech-2.8-HD", voice="MyOwnVoice01").json()
+
+    assert status(api, ticket, model="Minimax-Speech-2.8-HD").json()["contentType"] == "audio/mpeg"
 
 
 def test_the_pages_show_what_was_asked_and_charged(sandbox: Sandbox, api: httpx.Client) -> None:

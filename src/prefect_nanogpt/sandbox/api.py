@@ -14,11 +14,12 @@ import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, Final, Generic, Literal, TypeVar
 from urllib.parse import parse_qsl
 
-from .jobs import DEFAULT_MODEL, MODELS, InsufficientBalance, Job, Ledger, new_job
+from .jobs import DEFAULT_MODEL, MODELS, InsufficientBalance, Job, Ledger, catalogue, new_job
 from .script import (
     Accept,
     Answer,
@@ -31,7 +32,7 @@ from .script import (
     Stall,
     parse_directives,
 )
-from .speech import Studio
+from .speech import CONTENT_TYPES, Studio
 
 logger = logging.getLogger("prefect_nanogpt.sandbox")
 
@@ -377,7 +378,7 @@ class Api:
         return {
             "status": "completed",
             "audioUrl": f"{self.audio_url}/audio/{job.file_name}",
-            "contentType": "audio/wav" if job.utterance.format == "wav" else "audio/mpeg",
+            "contentType": CONTENT_TYPES[job.utterance.format],
             "model": job.model.id,
         }
 
@@ -420,15 +421,14 @@ class Api:
         return None
 
     async def _balance(self, _: RecordedRequest) -> Answer:
-        usd = str(self.ledger.balance)
+        usd = f"{self.ledger.balance:f}"  # str() would write small amounts with an exponent
         return Answer(json={"usd_balance": usd, "nano_balance": "0", "nanoDepositAddress": "nano_1sandbox"})
 
     async def _models(self, request: RecordedRequest) -> Answer:
-        speech = request.query.get("type", "all") in ("tts", "all")
-        rows = [model.row() for model in MODELS.values() if speech and not model.assumed_price]
-        if request.query.get("detailed", "false").lower() != "true":
+        rows = catalogue() if request.query.get("type", "all") in ("tts", "all") else []
+        if request.query.get("detailed", "true").lower() == "false":
             rows = [{name: row[name] for name in ("id", "object", "created", "owned_by")} for row in rows]
-        meta = {"count": len(rows), "generated_at": int(time.time())}
+        meta = {"count": len(rows), "generated_at": datetime.now(UTC).isoformat(timespec="milliseconds")}
         return Answer(json={"object": "list", "data": rows, "meta": meta})
 
     async def _show_ledger(self, _: RecordedRequest) -> Answer:

@@ -11,7 +11,7 @@ from decimal import Decimal
 from typing import Any, Final, Literal
 
 from .script import Directives
-from .speech import Format, Utterance
+from .speech import CONTENT_TYPES, Format, Utterance
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +21,15 @@ class Model:
     Args:
         id: The name used in requests.
         answers: With a ticket to poll, the audio itself, or JSON with its URL.
-        price: US dollars per 1,000 characters.
+        price: US dollars for what `priced_by` names.
         max_chars: Longest text, or None where no figure is known.
         voices: Names of some, space-separated. Any other is accepted too: cloned voices have their own.
-        assumed_price: The price is the sandbox's own guess, so the catalogue leaves the model out.
+        assumed_price: The price is the sandbox's own guess, so the catalogue gives none.
+        priced_by: What the price is for, in the catalogue's words.
+        format: What it answers in; OpenAI's models, unless `response_format` says otherwise.
+        languages: Values of `language` in the catalogue, space-separated, the default first.
+        has_flag: Whether its row has the capability `text_to_speech`. Some of the provider's rows lack it.
+        is_listed: Whether the catalogue has the model.
     """
 
     id: str
@@ -33,29 +38,52 @@ class Model:
     max_chars: int | None
     voices: str
     assumed_price: bool = False
+    priced_by: Literal["per_thousand_chars", "per_generation"] = "per_thousand_chars"
+    format: Format = "mp3"
+    languages: str = ""
+    has_flag: bool = True
+    is_listed: bool = True
 
     @property
     def is_openai(self) -> bool:
         """Whether `response_format` is honoured."""
         return self.id in ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")
 
+    def cost(self, characters: int) -> Decimal:
+        """What a text of that length costs, in US dollars."""
+        return self.price if self.priced_by == "per_generation" else self.price * characters / 1000
+
     def row(self) -> dict[str, Any]:
         """The model's row in the detailed catalogue."""
         parameters: dict[str, Any] = {"voices": self.voices.split()}
         if self.max_chars is not None:
             parameters["max_chars"] = self.max_chars
-        return {
-            "id": self.id,
-            "object": "model",
-            "created": int(time.time()),
-            "owned_by": "sandbox",
-            "name": self.id,
-            "description": "Sandbox stand-in.",
-            "pricing": {"currency": "USD", "per_thousand_chars": float(self.price)},
-            "capabilities": {"text_to_speech": True},
-            "supported_parameters": parameters,
-            "category": "audio_tts",
-        }
+        if self.languages:
+            values = self.languages.split()
+            parameters["language"] = {"default": values[0], "values": values}
+        if self.is_openai:
+            parameters["response_formats"] = list(CONTENT_TYPES)
+        pricing = {} if self.assumed_price else {"pricing": {"currency": "USD", self.priced_by: float(self.price)}}
+        return _row(
+            self.id,
+            **pricing,
+            capabilities={"text_to_speech": True} if self.has_flag else {},
+            supported_parameters=parameters,
+            category="audio_tts",
+        )
+
+
+def _row(id: str, takes: Literal["text", "audio"] = "text", **details: Any) -> dict[str, Any]:
+    return {
+        "id": id,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "sandbox",
+        "name": id,
+        "description": "Sandbox stand-in.",
+        "architecture": {"modality": f"{takes}->audio", "input_modalities": [takes], "output_modalities": ["audio"]},
+        **details,
+    }
 
 
 _ELEVENLABS: Final = (
@@ -71,16 +99,48 @@ DEFAULT_MODEL: Final = "Kokoro-82m"
 MODELS: Final = {
     model.id: model
     for model in (
-        Model("Kokoro-82m", "url", Decimal("0.001"), 10_000, "af_bella am_adam bf_emma bm_george"),
+        Model("Kokoro-82m", "url", Decimal("0.001"), 10_000, "af_bella am_adam bf_emma bm_george", format="wav"),
         Model("Elevenlabs-Turbo-V2.5", "ticket", Decimal("0.06"), 10_000, _ELEVENLABS),
         Model("Elevenlabs-V3", "ticket", Decimal("0.17"), None, _ELEVENLABS),
-        Model("Qwen-3-TTS-1.7B", "ticket", Decimal("0.02"), None, "Vivian Ryan", assumed_price=True),
+        Model("Qwen-3-TTS-1.7B", "ticket", Decimal("0.02"), None, "Vivian Ryan", assumed_price=True, is_listed=False),
+        Model(
+            "Minimax-Speech-2.8-HD",
+            "ticket",
+            Decimal("0.1"),
+            None,
+            "Deep_Voice_Man Wise_Woman",
+            assumed_price=True,
+            languages="Auto English Chinese Japanese",
+            has_flag=False,
+        ),
+        Model("microsoft/vibevoice", "ticket", Decimal("0.15"), None, "", priced_by="per_generation", has_flag=False),
         Model("tts-1", "binary", Decimal("0.015"), 4096, _OPENAI),
         Model("tts-1-hd", "binary", Decimal("0.03"), 4096, _OPENAI),
         Model("gpt-4o-mini-tts", "binary", Decimal("0.0006"), 4096, _OPENAI),
-        Model("xai-tts", "binary", Decimal("0.0165"), 5000, "Eve Ara Leo Rex Sal"),
+        Model("xai-tts", "binary", Decimal("0.0165"), 5000, "Eve Ara Leo Rex Sal", has_flag=False),
+        Model(
+            "gemini-2.5-flash-preview-tts",
+            "binary",
+            Decimal("0.01"),
+            None,
+            "Zephyr Puck Kore",
+            assumed_price=True,
+            format="wav",
+        ),
     )
 }
+
+
+def catalogue() -> list[dict[str, Any]]:
+    """The detailed rows for `type=tts`. The provider's are not all speech either."""
+    music = {"currency": "USD", "per_second": 0.01, "minimum": 0.1}
+    clone = {"currency": "USD", "per_generation": 1.0}
+    nothing: dict[str, Any] = {"capabilities": {}, "supported_parameters": {}}
+    return [
+        *(model.row() for model in MODELS.values() if model.is_listed),
+        _row("Elevenlabs-Music-V1", **nothing, pricing=music, category="audio_music"),
+        _row("minimax-voice-clone", takes="audio", **nothing, pricing=clone),
+    ]
 
 
 @dataclass(slots=True)
@@ -149,9 +209,7 @@ def new_job(
 ) -> Job:
     """Make a job of a checked request. The characters as sent are billed, directives included."""
     speed = 1.0 if model.id == "gpt-4o-mini-tts" else float(fields.get("speed", 1))  # documented to ignore it
-    format: Format = "wav" if model.answers == "url" else "mp3"
-    if model.is_openai and fields.get("response_format") == "wav":
-        format = "wav"
+    format: Format = fields.get("response_format", model.format) if model.is_openai else model.format
     job = Job(
         model=model,
         directives=directives,
@@ -162,7 +220,7 @@ def new_job(
             speed,
             fields.get("language", ""),
         ),
-        cost=model.price * characters / 1000,
+        cost=model.cost(characters),
         seconds=seconds if directives.seconds is None else directives.seconds,
     )
     if hex_run_id:

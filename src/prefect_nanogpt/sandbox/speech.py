@@ -60,7 +60,7 @@ _SCRIPTS: Final = (
 )
 _WOMEN: Final = (
     "alice aria bella charlotte domi dorothy elli emily freya gigi grace jessica laura lily matilda nicole "
-    "rachel sarah alloy coral nova sage shimmer vivian serena ono_anna sohee eve ara"
+    "rachel sarah alloy coral nova sage shimmer vivian serena ono_anna sohee eve ara zephyr kore wise_woman"
 )
 _FEMALE: Final = ("f1", "f2", "f3", "f4", "f5", "linda", "steph", "belinda")
 _MALE: Final = ("m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8")

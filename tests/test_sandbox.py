@@ -145,6 +145,36 @@ def test_run_ids_can_be_without_dashes() -> None:
         assert re.fullmatch(r"[0-9a-f]{32}", sandbox.add_job()["runId"])
 
 
+QUALIFIED = "fal-ai/elevenlabs/tts/turbo-v2.5"
+
+
+@pytest.mark.parametrize("how", ["for all", "for one", "as a job"])
+def test_a_ticket_can_name_the_model_otherwise_and_then_only_that_name_counts(how: str) -> None:
+    with Sandbox(job_seconds=0, qualified_models=how != "for one") as sandbox, httpx.Client() as client:
+        client.base_url, client.headers["x-api-key"] = httpx.URL(sandbox.base_url), KEY
+        sandbox.on_submit([Accept(qualified_model=True)])
+        ticket = sandbox.add_job() if how == "as a job" else submit(client).json()
+
+        assert ticket["model"] == QUALIFIED
+        assert status(client, ticket).json() == {"error": "TTS run not found", "status": 404}
+        completed = status(client, ticket, model=QUALIFIED).json()
+        assert (completed["status"], completed["model"]) == ("completed", QUALIFIED)
+        assert sandbox.ledger.charges[0].model == MODEL
+
+
+def test_a_ticket_without_a_model_is_asked_for_by_the_one_that_was_sent(sandbox: Sandbox, api: httpx.Client) -> None:
+    sandbox.on_submit([Accept(minimal=True, qualified_model=True)])
+    ticket = submit(api).json()
+
+    assert status(api, ticket).json()["status"] == "completed"
+
+
+def test_a_flow_asks_by_the_name_in_the_ticket(tmp_path: Path) -> None:
+    with Sandbox(job_seconds=0, speak=False, qualified_models=True) as sandbox:
+        asyncio.run(text_to_speech("Known otherwise.", save_to=str(tmp_path)))
+        assert {request.query["model"] for request in sandbox.requests("status")} == {QUALIFIED}
+
+
 # What is refused
 
 

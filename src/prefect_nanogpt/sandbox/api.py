@@ -147,11 +147,13 @@ class Api:
         job_seconds: float,
         balance: Decimal,
         hex_run_ids: bool,
+        qualified_models: bool,
         refund_needs_ticket: bool,
         speak: bool,
     ) -> None:
         self.job_seconds = job_seconds
         self.hex_run_ids = hex_run_ids
+        self.qualified_models = qualified_models
         self.refund_needs_ticket = refund_needs_ticket
         self.ledger = Ledger(balance)
         self.studio = Studio(speak)
@@ -326,6 +328,7 @@ class Api:
             characters=len(text),
             seconds=self.job_seconds,
             hex_run_id=accept.hex_run_id or self.hex_run_ids,
+            qualified_model=(accept.qualified_model or self.qualified_models) and not accept.minimal,
         )
         try:
             self.ledger.charge(job, len(text))
@@ -368,7 +371,7 @@ class Api:
         if request.query.get("isApiRequest", "true").lower() not in ("true", "false"):
             return _error(request, 400, "isApiRequest must be true or false")
         job = self.jobs.get(run_id)
-        if job is None or job.model.id != model:
+        if job is None or job.known_as != model:
             return _error(request, 404, "TTS run not found")
         return Answer(json=job.status(self.completed_body(run_id)))
 
@@ -379,7 +382,7 @@ class Api:
             "status": "completed",
             "audioUrl": f"{self.audio_url}/audio/{job.file_name}",
             "contentType": CONTENT_TYPES[job.utterance.format],
-            "model": job.model.id,
+            "model": job.known_as,
         }
 
     def _refund_if_rejected(self, request: RecordedRequest, answer: Answer) -> None:

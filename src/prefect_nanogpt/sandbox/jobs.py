@@ -30,6 +30,8 @@ class Model:
         languages: Values of `language` in the catalogue, space-separated, the default first.
         has_flag: Whether its row has the capability `text_to_speech`. Some of the provider's rows lack it.
         is_listed: Whether the catalogue has the model.
+        qualified_id: Its id at the provider behind, which a ticket may name instead. FAL's own names; which ones
+            NanoGPT's tickets for speech have is not known.
     """
 
     id: str
@@ -43,6 +45,7 @@ class Model:
     languages: str = ""
     has_flag: bool = True
     is_listed: bool = True
+    qualified_id: str | None = None
 
     @property
     def is_openai(self) -> bool:
@@ -100,9 +103,32 @@ MODELS: Final = {
     model.id: model
     for model in (
         Model("Kokoro-82m", "url", Decimal("0.001"), 10_000, "af_bella am_adam bf_emma bm_george", format="wav"),
-        Model("Elevenlabs-Turbo-V2.5", "ticket", Decimal("0.06"), 10_000, _ELEVENLABS),
-        Model("Elevenlabs-V3", "ticket", Decimal("0.17"), None, _ELEVENLABS),
-        Model("Qwen-3-TTS-1.7B", "ticket", Decimal("0.02"), None, "Vivian Ryan", assumed_price=True, is_listed=False),
+        Model(
+            "Elevenlabs-Turbo-V2.5",
+            "ticket",
+            Decimal("0.06"),
+            10_000,
+            _ELEVENLABS,
+            qualified_id="fal-ai/elevenlabs/tts/turbo-v2.5",
+        ),
+        Model(
+            "Elevenlabs-V3",
+            "ticket",
+            Decimal("0.17"),
+            None,
+            _ELEVENLABS,
+            qualified_id="fal-ai/elevenlabs/tts/eleven-v3",
+        ),
+        Model(
+            "Qwen-3-TTS-1.7B",
+            "ticket",
+            Decimal("0.02"),
+            None,
+            "Vivian Ryan",
+            assumed_price=True,
+            is_listed=False,
+            qualified_id="fal-ai/qwen-3-tts/text-to-speech/1.7b",
+        ),
         Model(
             "Minimax-Speech-2.8-HD",
             "ticket",
@@ -112,8 +138,18 @@ MODELS: Final = {
             assumed_price=True,
             languages="Auto English Chinese Japanese",
             has_flag=False,
+            qualified_id="fal-ai/minimax/speech-2.8-hd",
         ),
-        Model("microsoft/vibevoice", "ticket", Decimal("0.15"), None, "", priced_by="per_generation", has_flag=False),
+        Model(
+            "microsoft/vibevoice",
+            "ticket",
+            Decimal("0.15"),
+            None,
+            "",
+            priced_by="per_generation",
+            has_flag=False,
+            qualified_id="fal-ai/vibevoice",
+        ),
         Model("tts-1", "binary", Decimal("0.015"), 4096, _OPENAI),
         Model("tts-1-hd", "binary", Decimal("0.03"), 4096, _OPENAI),
         Model("gpt-4o-mini-tts", "binary", Decimal("0.0006"), 4096, _OPENAI),
@@ -145,9 +181,13 @@ def catalogue() -> list[dict[str, Any]]:
 
 @dataclass(slots=True)
 class Job:
-    """One accepted text on its way to audio. Times are seconds on the monotonic clock."""
+    """One accepted text on its way to audio. Times are seconds on the monotonic clock.
+
+    `known_as` is the model in the ticket, which status calls must name.
+    """
 
     model: Model
+    known_as: str
     directives: Directives
     utterance: Utterance
     cost: Decimal
@@ -171,7 +211,7 @@ class Job:
         return {
             "status": "pending",
             "runId": self.run_id,
-            "model": self.model.id,
+            "model": self.known_as,
             "charged": charged,
             "cost": float(self.cost),
             "paymentSource": "USD",
@@ -206,12 +246,14 @@ def new_job(
     characters: int,
     seconds: float,
     hex_run_id: bool,
+    qualified_model: bool,
 ) -> Job:
     """Make a job of a checked request. The characters as sent are billed, directives included."""
     speed = 1.0 if model.id == "gpt-4o-mini-tts" else float(fields.get("speed", 1))  # documented to ignore it
     format: Format = fields.get("response_format", model.format) if model.is_openai else model.format
     job = Job(
         model=model,
+        known_as=(model.qualified_id if qualified_model else None) or model.id,
         directives=directives,
         utterance=Utterance(
             directives.spoken,

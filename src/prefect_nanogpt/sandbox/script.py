@@ -80,6 +80,8 @@ class Accept:
         status_code: Status of the ticket; 202 by the documentation, 200 by reports.
         minimal: The ticket has only `status` and `runId`.
         hex_run_id: The run id is 32 hexadecimal digits without dashes.
+        qualified_model: The ticket names the model as the provider behind does, `fal-ai/…`, and status calls must
+            too. A minimal ticket has no model, so it is asked for by the one that was sent.
     """
 
     delay: float = 0.0
@@ -87,6 +89,7 @@ class Accept:
     status_code: int = 202
     minimal: bool = False
     hex_run_id: bool = False
+    qualified_model: bool = False
 
 
 Reply = Answer | Cut | Hang | Stall | Slow | Accept

@@ -43,6 +43,9 @@ class Sandbox:
         port: Port of the API; 0 for a free one.
         audio_port: Port of the audio host; 0 for a free one.
         run_id_style: `dashed` UUIDs, or their 32 `hex` digits. Both were seen of the provider.
+        qualified_models: Whether tickets name the model as the provider behind does, like
+            `fal-ai/elevenlabs/tts/turbo-v2.5`. A status call with the id that was sent is then a 404. Reported once, of
+            other audio than speech.
         refund_needs_ticket: Whether a rejected job is refunded only if the status call that learns of it has
             the ticket's `cost` and `paymentSource`. An assumption, so a switch.
         speak: False for tones instead of speech, which cost next to nothing.
@@ -70,6 +73,7 @@ class Sandbox:
         port: int = 0,
         audio_port: int = 0,
         run_id_style: Literal["dashed", "hex"] = "dashed",
+        qualified_models: bool = False,
         refund_needs_ticket: bool = True,
         speak: bool = True,
     ) -> None:
@@ -89,6 +93,7 @@ class Sandbox:
             job_seconds=job_seconds,
             balance=Decimal(balance),
             hex_run_ids=run_id_style == "hex",
+            qualified_models=qualified_models,
             refund_needs_ticket=refund_needs_ticket,
             speak=speak,
         )
@@ -135,6 +140,7 @@ class Sandbox:
             characters=len(text),
             seconds=self._api.job_seconds,
             hex_run_id=self._api.hex_run_ids,
+            qualified_model=self._api.qualified_models,
         )
         job.run_id = run_id or job.run_id
         if charged:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from decimal import Decimal
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -498,15 +499,6 @@ class TestInterruption:
         assert len(sandbox.ledger.charges) == len(sandbox.requests("submit")) == 20
 
 
-def catalogue(sandbox: Sandbox, answer: Answer) -> None:
-    """Have the sandbox answer the question for its models in another way."""
-
-    async def models(_: Any) -> Answer:
-        return answer
-
-    sandbox._api._routes["GET", "/api/v1/audio-models"] = ("models", models)
-
-
 class TestLimitOfCost:
     async def test_failed_tries_of_earlier_runs_count(self, batch: dict[str, Any], sandbox: Sandbox) -> None:
         lines = lines_of(3, "[sandbox:fail] {:0985d}")
@@ -545,7 +537,7 @@ class TestLimitOfCost:
 
     async def test_a_price_by_generation_counts(self, batch: dict[str, Any], sandbox: Sandbox) -> None:
         pricing = {"currency": "USD", "per_generation": float(PRICE)}
-        catalogue(sandbox, Answer(json={"data": [{"id": DEFAULT_MODEL, "pricing": pricing}]}))
+        sandbox.on_models(repeat(Answer(json={"data": [{"id": DEFAULT_MODEL, "pricing": pricing}]})))
         with pytest.raises(NanoGPTError, match="COST_LIMIT_EXCEEDED"):
             await text_to_speech_batch(lines_of(6, LONG), **batch, max_cost=Decimal("0.20"))
         assert sandbox.ledger.charges == []
@@ -560,7 +552,7 @@ class TestLimitOfCost:
     async def test_without_a_price_not_more_than_one_job_goes_beyond_it(
         self, answer: Answer, batch: dict[str, Any], sandbox: Sandbox
     ) -> None:
-        catalogue(sandbox, answer)
+        sandbox.on_models(repeat(answer))
         limit = Decimal("0.20")
         sandbox.on_submit([Accept(delay=0.2)] * 6)
         for _ in range(2):
@@ -577,7 +569,7 @@ class TestLimitOfCost:
         limit = Decimal("0.045")  # three texts, by a model that answers at once
         rows = await text_to_speech_batch(lines_of(3, LONG), **batch, model="tts-1", max_cost=limit)
         assert [row.cost for row in rows] == [None] * 3
-        catalogue(sandbox, Answer(json={"data": [{"id": "tts-1", "pricing": {"per_generation": 0.001}}]}))
+        sandbox.on_models(repeat(Answer(json={"data": [{"id": "tts-1", "pricing": {"per_generation": 0.001}}]})))
         with pytest.raises(NanoGPTError, match="COST_LIMIT_EXCEEDED"):
             await text_to_speech_batch(lines_of(6, LONG), **batch, model="tts-1", max_cost=limit)
         assert sandbox.ledger.charged_total == limit

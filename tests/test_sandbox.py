@@ -656,6 +656,27 @@ def test_scripted_answers_come_in_order_and_then_all_is_normal(sandbox: Sandbox,
     assert [answer.json()["status"] for answer in answers[1:]] == ["completed", "processing", "completed"]
 
 
+@pytest.mark.parametrize("surface", ["models", "balance"])
+def test_the_catalogue_and_the_balance_can_be_down_or_odd(sandbox: Sandbox, api: httpx.Client, surface: str) -> None:
+    def ask() -> httpx.Response:
+        return api.get("/v1/audio-models") if surface == "models" else api.post("/check-balance")
+
+    script = sandbox.on_models if surface == "models" else sandbox.on_balance
+    script(
+        [Answer(503), None, {"data": "none"}, Answer(json=[1]), Answer(body="<html>"), Cut(3), Hang(0.05), Slow(9e4)]
+    )
+
+    answers = [ask() for _ in range(5)]
+    assert [answer.status_code for answer in answers] == [503, 200, 200, 200, 200]
+    assert answers[1].json().keys() & {"usd_balance", "data"}
+    assert [answer.text for answer in answers[2:]] == ['{"data": "none"}', "[1]", "<html>"]
+    for error in ("received 3 bytes", "without sending a response"):
+        with pytest.raises(httpx.RemoteProtocolError, match=error):
+            ask()
+    for _ in range(2):
+        assert ask().json().keys() & {"usd_balance", "data"}
+
+
 def test_a_connection_can_be_cut_before_and_within_an_answer(sandbox: Sandbox, api: httpx.Client) -> None:
     ticket = sandbox.add_job()
     sandbox.on_status(ticket["runId"], [Cut(), Cut(after_bytes=5), Hang(0.05)])

@@ -30,13 +30,14 @@ from .script import (
     Scripts,
     Slow,
     Stall,
+    Surface,
     parse_directives,
 )
 from .speech import CONTENT_TYPES, Studio
 
 logger = logging.getLogger("prefect_nanogpt.sandbox")
 
-Kind = Literal["submit", "status", "audio", "balance", "models", "other"]
+Kind = Surface | Literal["other"]
 Message = MutableMapping[str, Any]
 Key = TypeVar("Key")
 Item = TypeVar("Item")
@@ -244,7 +245,7 @@ class Api:
 
     def _next_scripted(self, request: RecordedRequest) -> Reply | None:
         # A HEAD must not use up what is meant for the download.
-        if request.kind not in ("submit", "status", "audio") or request.method == "HEAD":
+        if request.kind == "other" or request.method == "HEAD":
             return None
         with self.changed:
             return self.scripts.take(request.kind, request.run_id)

@@ -66,10 +66,12 @@ class Model:
             parameters["language"] = {"default": values[0], "values": values}
         if self.is_openai:
             parameters["response_formats"] = list(CONTENT_TYPES)
-        pricing = {} if self.assumed_price else {"pricing": {"currency": "USD", self.priced_by: float(self.price)}}
+        priced: dict[str, Any] = {}
+        if not self.assumed_price:
+            priced["pricing"] = {"currency": "USD", self.priced_by: float(self.price)}
         return _row(
             self.id,
-            **pricing,
+            **priced,
             capabilities={"text_to_speech": True} if self.has_flag else {},
             supported_parameters=parameters,
             category="audio_tts",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any, Final, Literal, get_args
 
-Surface = Literal["submit", "status", "audio"]
+Surface = Literal["submit", "status", "audio", "balance", "models"]
 
 
 @dataclass(frozen=True, slots=True)

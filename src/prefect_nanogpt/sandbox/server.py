@@ -170,6 +170,16 @@ class Sandbox:
         with self._api.changed:
             self._api.scripts.add("audio", run_id, replies)
 
+    def on_models(self, replies: Iterable[Reply | Mapping[str, Any] | None]) -> None:
+        """Queue replies for the next requests for the catalogue of models."""
+        with self._api.changed:
+            self._api.scripts.add("models", None, replies)
+
+    def on_balance(self, replies: Iterable[Reply | Mapping[str, Any] | None]) -> None:
+        """Queue replies for the next requests for the balance. A missing or bad key is refused before."""
+        with self._api.changed:
+            self._api.scripts.add("balance", None, replies)
+
     def completed_body(self, run_id: str) -> dict[str, Any]:
         """Return the status body of the job when it is completed, to build others from."""
         return self._api.completed_body(run_id)

@@ -22,6 +22,7 @@ from typing import Any
 
 import httpx
 import pytest
+from imageio_ffmpeg import get_ffmpeg_exe
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter
 from pydantic import SecretStr
@@ -117,6 +118,67 @@ def test_a_model_can_answer_with_a_wav_at_once(api: httpx.Client) -> None:
     assert answer.content.startswith(b"RIFF")
 
 
+FORMATS = {
+    "mp3": ("audio/mpeg", (b"ID3", b"\xff")),
+    "opus": ("audio/opus", b"OggS"),
+    "aac": ("audio/aac", (b"\xff\xf1", b"\xff\xf9")),
+    "flac": ("audio/flac", b"fLaC"),
+    "wav": ("audio/wav", b"RIFF"),
+}
+
+
+@pytest.mark.parametrize("encoder", ["PyAV", "ffmpeg"])
+@pytest.mark.parametrize("speak", [True, False])
+def test_an_openai_model_answers_in_the_format_that_is_asked_for(
+    encoder: str, speak: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if encoder == "ffmpeg":
+        tmp_path.joinpath("ffmpeg").symlink_to(get_ffmpeg_exe())
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.setitem(sys.modules, "av", None)
+    else:
+        pytest.importorskip("av")
+    with Sandbox(speak=speak) as sandbox, httpx.Client() as client:
+        client.base_url, client.headers["x-api-key"] = httpx.URL(sandbox.base_url), KEY
+        mp3 = decode(submit(client, model="tts-1").content)
+        for format, (content_type, magic) in FORMATS.items():
+            answer = submit(client, model="tts-1", response_format=format)
+            assert (answer.status_code, answer.headers["content-type"]) == (200, content_type)
+            assert answer.content.startswith(magic)
+            assert decode(answer.content) == pytest.approx(mp3, rel=0.3)
+
+
+def test_without_an_encoder_a_format_is_refused_and_the_answer_says_why(
+    sandbox: Sandbox, api: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setitem(sys.modules, "av", None)
+    answer = submit(api, model="tts-1", response_format="flac")
+
+    assert (answer.status_code, answer.json()["code"]) == (400, "unsupported_format")
+    assert "no encoder for flac here: install the extra `audio`" in answer.json()["error"]
+    assert not sandbox.ledger.charges
+    assert submit(api, model="tts-1", response_format="wav").status_code == 200
+
+
+@pytest.mark.parametrize("model", [MODEL, "xai-tts"])
+def test_other_models_ignore_the_format_that_is_asked_for(api: httpx.Client, model: str) -> None:
+    answer = submit(api, model=model, response_format="wav")
+    audio = httpx.get(status(api, answer.json()).json()["audioUrl"]) if model == MODEL else answer
+
+    assert audio.headers["content-type"] == "audio/mpeg"
+    assert decode(audio.content)[0] > 0.3
+    assert not audio.content.startswith(b"RIFF")
+
+
+@pytest.mark.parametrize("format", ["opus", "aac", "flac"])
+def test_a_flow_saves_what_it_asked_for(sandbox: Sandbox, format: str, tmp_path: Path) -> None:
+    request = {"model": "tts-1", "response_format": format}
+    audio = asyncio.run(text_to_speech("In another format.", save_to=str(tmp_path), **request))
+
+    assert audio.container == {"opus": "ogg"}.get(format, format)
+
+
 def test_the_default_model_answers_with_the_url_of_a_wav(api: httpx.Client) -> None:
     answer = api.post("/tts", json={"text": "Hello there."})
 
@@ -189,7 +251,7 @@ def test_a_flow_asks_by_the_name_in_the_ticket(tmp_path: Path) -> None:
         ({"voice": 3}, 400, "voice"),
         ({"text": "x" * 10_001}, 413, "10000"),
         ({"model": "no-such-model"}, 404, "model_not_found"),
-        ({"model": "tts-1", "response_format": "opus"}, 400, "unsupported_format"),
+        ({"model": "tts-1", "response_format": "pcm"}, 400, "unsupported_format"),
         ({"text": "[sandbox:explode]"}, 400, "Known: reject"),
         ({"text": "[sandbox:wait]"}, 400, "Known: reject"),
         ({"text": "[sandbox:wait 1e999]"}, 400, "Known: reject"),

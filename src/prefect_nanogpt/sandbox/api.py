@@ -33,7 +33,7 @@ from .script import (
     Surface,
     parse_directives,
 )
-from .speech import CONTENT_TYPES, Studio
+from .speech import CONTENT_TYPES, Studio, can_encode
 
 logger = logging.getLogger("prefect_nanogpt.sandbox")
 
@@ -58,6 +58,7 @@ _SECRET: Final = re.compile(rf"((?:{_SECRET_NAME})[\w-]{{0,40}}=)[^&;\s]+|\bsk-[
 _NOT_TEXT: Final = re.compile("[\0\ud800-\udfff]")
 _AUTHORITY: Final = re.compile(r"(\[[^\[\]]*\]|[^:\[\]]*)(:[0-9]*)?")
 _ERROR_TYPES: Final = {401: "authentication_error", 402: "insufficient_balance", 429: "rate_limit_error"}
+_TO_ENCODE: Final = "install the extra `audio` of prefect-nanogpt, or ffmpeg."
 _ABOUT: Final = "This is the sandbox of prefect-nanogpt, a local stand-in. It is not NanoGPT."
 
 
@@ -311,8 +312,13 @@ class Api:
         longest = model.max_chars or _MAX_CHARS
         if len(text) > longest:
             return _error(request, 413, f"Text exceeds {longest} characters", "input_too_long")
-        if model.is_openai and fields.get("response_format", "mp3") not in ("mp3", "wav"):
-            return _error(request, 400, "The sandbox only makes mp3 and wav.", "unsupported_format")
+        format = fields.get("response_format", model.format)
+        if model.is_openai and format not in CONTENT_TYPES:
+            return _error(request, 400, f"The sandbox makes {', '.join(CONTENT_TYPES)}.", "unsupported_format")
+        if model.is_openai and not can_encode(format):
+            return _error(
+                request, 400, f"The sandbox has no encoder for {format} here: {_TO_ENCODE}", "unsupported_format"
+            )
         try:
             directives = parse_directives(text)
         except DirectiveError as error:

@@ -1,6 +1,7 @@
 """What the sandbox says: speech from espeak-ng, or a tone where the optional packages are not installed.
 
-The extra `sandbox` brings `espeakng_loader` (the speech engine) and `lameenc` (MP3).
+The extra `sandbox` brings `espeakng_loader` (the speech engine) and `lameenc` (MP3). Opus, AAC and FLAC are made with
+PyAV, which the extra `audio` brings, or with the program ffmpeg.
 """
 
 import array
@@ -10,6 +11,8 @@ import importlib.util
 import io
 import math
 import re
+import shutil
+import subprocess
 import threading
 import wave
 import zlib
@@ -17,12 +20,28 @@ from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
-Format = Literal["mp3", "wav"]
+if TYPE_CHECKING:
+    from av.audio.stream import AudioStream
+
+Format = Literal["mp3", "opus", "aac", "flac", "wav"]
 Voice = Literal["espeak-ng", "tone"]
 
-CONTENT_TYPES: Final[dict[Format, str]] = {"mp3": "audio/mpeg", "wav": "audio/wav"}
+CONTENT_TYPES: Final[dict[Format, str]] = {
+    "mp3": "audio/mpeg",
+    "opus": "audio/opus",
+    "aac": "audio/aac",
+    "flac": "audio/flac",
+    "wav": "audio/wav",
+}
+# FFmpeg's names of the container and of the encoder.
+_ENCODERS: Final[dict[Format, tuple[str, str]]] = {
+    "opus": ("ogg", "libopus"),
+    "aac": ("adts", "aac"),
+    "flac": ("flac", "flac"),
+}
+_ENCODED_RATE: Final = 24_000  # hertz; Opus takes few rates
 
 # Characters per second of the tone: roughly the pace of English speech.
 _PACE: Final = 15.0
@@ -72,7 +91,7 @@ class Utterance:
 
     Args:
         text: What is spoken.
-        format: `mp3` or `wav`.
+        format: What the file is to be, one that there is an encoder for.
         voice: The provider's name of a voice. Each name sounds different, and always the same.
         speed: Factor on the rate of speech; effective from 0.46 to 2.57.
         language: The provider's name (`English`) or ISO code of the language; else told from the script.
@@ -111,6 +130,11 @@ TO_SPEAK: Final = "Install the extra `sandbox` of prefect-nanogpt to hear the wo
 def can_speak() -> bool:
     """Whether what speaks is installed, and what makes MP3s of it."""
     return _espeak() is not None and importlib.util.find_spec("lameenc") is not None
+
+
+def can_encode(format: Format) -> bool:
+    """Whether there is an encoder for the format. WAV needs none, and a tone is there as MP3."""
+    return format not in _ENCODERS or importlib.util.find_spec("av") is not None or shutil.which("ffmpeg") is not None
 
 
 class Studio:
@@ -155,7 +179,7 @@ def render(utterance: Utterance, speak: bool = True) -> Audio:
     engine = _espeak() if speak else None
     pcm = engine.speak(utterance) if engine else b""
     if engine and pcm:
-        data = _wav(pcm, engine.rate) if utterance.format == "wav" else _mp3(pcm, engine.rate)
+        data = _mp3(pcm, engine.rate) if utterance.format == "mp3" else _encoded(pcm, engine.rate, utterance.format)
         if data:
             return Audio(data, utterance.format, "espeak-ng")
     return Audio(_tone(utterance), utterance.format, "tone")
@@ -242,6 +266,32 @@ def _wav(pcm: bytes, rate: int) -> bytes:
     return file.getvalue()
 
 
+def _encoded(pcm: bytes, rate: int, format: Format) -> bytes:
+    """Put samples into a file of any format but MP3."""
+    wav = _wav(pcm, rate)
+    if format == "wav":
+        return wav
+    try:
+        import av
+    except ImportError:
+        return _by_ffmpeg(wav, format)
+    container, encoder = _ENCODERS[format]
+    file = io.BytesIO()
+    with av.open(io.BytesIO(wav), "r") as source, av.open(file, "w", format=container) as target:
+        stream = cast("AudioStream", target.add_stream(encoder, rate=_ENCODED_RATE, layout="mono"))
+        for frame in source.decode(audio=0):
+            target.mux(stream.encode(frame))
+        target.mux(stream.encode(None))
+    return file.getvalue()
+
+
+def _by_ffmpeg(wav: bytes, format: Format) -> bytes:
+    container, encoder = _ENCODERS[format]
+    command = ["ffmpeg", "-loglevel", "error", "-i", "pipe:0", "-ar", str(_ENCODED_RATE)]
+    command += ["-c:a", encoder, "-f", container, "pipe:1"]
+    return subprocess.run(command, input=wav, capture_output=True, check=True).stdout
+
+
 def _mp3(pcm: bytes, rate: int) -> bytes | None:
     """Encode as MP3; None where the encoder is not installed."""
     try:
@@ -264,4 +314,5 @@ def _tone(utterance: Utterance) -> bytes:
         return frames * math.ceil(seconds / _TONE_MP3_SECONDS)
     angle = 2 * math.pi / _TONE_PERIOD
     period = array.array("h", (round(6000 * math.sin(angle * n)) for n in range(_TONE_PERIOD)))
-    return _wav(period.tobytes() * math.ceil(seconds * _TONE_RATE / _TONE_PERIOD), _TONE_RATE)
+    pcm = period.tobytes() * math.ceil(seconds * _TONE_RATE / _TONE_PERIOD)
+    return _encoded(pcm, _TONE_RATE, utterance.format)

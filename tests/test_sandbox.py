@@ -327,11 +327,11 @@ def test_odd_requests_are_answered_on_both_ports(sandbox: Sandbox, method: str, 
         assert "set-cookie:" not in answer.partition("\r\n\r\n")[0]
 
 
-def raw(url: str, *head: str) -> str:
-    """Send a head as it is, and return what is answered until the connection closes."""
+def raw(url: str, *head: str, body: str = "") -> str:
+    """Send a request as it is, and return what is answered until the connection closes."""
     address = httpx.URL(url)
     with socket.create_connection((address.host, address.port), timeout=20) as connection:
-        connection.sendall("\r\n".join([*head, "connection: close", "", ""]).encode("latin-1"))
+        connection.sendall("\r\n".join([*head, "connection: close", "", body]).encode("latin-1"))
         return b"".join(iter(lambda: connection.recv(65_536), b"")).decode("latin-1")
 
 
@@ -834,6 +834,67 @@ def test_leaving_the_block_cuts_what_hangs_at_once(capfd: pytest.CaptureFixture[
         client.join(5)
     assert len(outcomes) == 3
     assert capfd.readouterr().err == ""
+
+
+# Streams
+
+
+def speech(api: httpx.Client, **fields: Any) -> httpx.Response:
+    return api.post("/v1/audio/speech", json={"input": "Hello, all of you out there.", "stream": True} | fields)
+
+
+@pytest.mark.parametrize("model", ["tts-1", "Elevenlabs-V3"])
+def test_a_streamed_answer_comes_in_chunks_without_a_length(sandbox: Sandbox, model: str) -> None:
+    body = json.dumps({"input": "Hello, all of you out there.", "model": model, "stream": True})
+    head = ("host: localhost", f"x-api-key: {KEY}", f"content-length: {len(body)}")
+    answer = raw(sandbox.root_url, "POST /api/v1/audio/speech HTTP/1.1", *head, body=body)
+
+    shown, _, content = answer.partition("\r\n\r\n")
+    shown = shown.lower()
+    assert shown.startswith("http/1.1 200")
+    assert "transfer-encoding: chunked" in shown
+    assert "content-type: audio/mpeg" in shown
+    assert "content-length" not in shown
+    pieces = []
+    while size := int(content.partition("\r\n")[0], 16):
+        pieces.append(content.partition("\r\n")[2][:size])
+        content = content.partition("\r\n")[2][size + 2 :]
+    assert len(pieces) > 2
+    assert decode("".join(pieces).encode("latin-1"))[0] > 0.3
+    assert len(sandbox.ledger.charges) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/audio/speech", {"model": "xai-tts"}),
+        ("/v1/audio/speech", {"model": "tts-1", "stream": "yes"}),
+        ("/tts", {"model": "tts-1"}),
+    ],
+)
+def test_a_stream_that_is_not_supported_is_ignored(api: httpx.Client, path: str, fields: dict[str, Any]) -> None:
+    answer = api.post(path, json={"input": "Hello", "stream": True} | fields)
+
+    assert int(answer.headers["content-length"]) == len(answer.content)
+
+
+def test_a_stream_can_be_slow_stall_be_cut_or_refused(sandbox: Sandbox, api: httpx.Client) -> None:
+    whole = speech(api, model="tts-1").content
+    sandbox.on_submit([Slow(5 * len(whole)), Stall(100, 0.2), Cut(after_bytes=100), Accept(then=Cut(5000))])
+
+    for least in (0.1, 0.2):
+        began = time.monotonic()
+        assert speech(api, model="tts-1").content == whole
+        assert time.monotonic() - began >= least * 0.9
+    for _ in range(2):
+        with pytest.raises(httpx.RemoteProtocolError, match="incomplete chunked read"):
+            speech(api, model="tts-1")
+    with pytest.raises(httpx.RemoteProtocolError, match="incomplete chunked read"):
+        speech(api, model="tts-1", input="Hello [sandbox:truncate]")
+    assert len(sandbox.ledger.charges) == 6
+    refused = speech(api, model=MODEL, input="[sandbox:reject]")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "content_policy_violation")
+    assert len(sandbox.ledger.charges) == 6
 
 
 # Speech

@@ -48,6 +48,7 @@ _LONGEST_STRING: Final = 1000  # characters of any other field; the sandbox's ow
 _KEPT: Final = 20_000  # requests, and jobs
 _KEPT_BYTES: Final = 100_000_000  # of requests, and of jobs
 _LOGGED_PATH: Final = 300  # characters
+_CHUNK: Final = 2000  # bytes
 _RANGES: Final = {"speed": (0.1, 5), "stability": (0, 1), "similarity_boost": (0, 1), "style": (0, 1)}
 _STRINGS: Final = ("model", "voice", "language", "response_format")
 _SECRET_NAME: Final = r"key|token|secret|passw|auth|cookie|credential|signature"
@@ -323,9 +324,11 @@ class Api:
             directives = parse_directives(text)
         except DirectiveError as error:
             return _error(request, 400, str(error))
-        if model.answers != "ticket" and directives.outcome == "reject":
+        is_streamed = model.streams and fields.get("stream") is True and request.path == "/api/v1/audio/speech"
+        answers = "binary" if is_streamed else model.answers
+        if answers != "ticket" and directives.outcome == "reject":
             return _error(request, 400, "Content rejected by provider.", "content_policy_violation")
-        if model.answers != "ticket" and directives.outcome == "fail":
+        if answers != "ticket" and directives.outcome == "fail":
             return _error(request, 500, "TTS generation failed. Please try again.")
         accept = accept or Accept()
         job = new_job(
@@ -343,13 +346,13 @@ class Api:
             return _error(request, 402, "Insufficient balance", requiredBalance=float(job.cost))
         request.run_id = job.run_id
         self.add(job)
-        if model.answers == "ticket":
+        if answers == "ticket":
             ticket = job.ticket()
             if accept.minimal:
                 ticket = {"status": "pending", "runId": job.run_id}
             return Answer(accept.status_code, ticket)
         delay = math.inf if directives.outcome == "stuck" else directives.seconds or 0
-        if model.answers == "url" and request.path == "/api/tts":
+        if answers == "url" and request.path == "/api/tts":
             body = self.completed_body(job.run_id) | {
                 "text": directives.spoken,
                 "voice": job.utterance.voice,
@@ -359,7 +362,7 @@ class Api:
             }
             del body["status"]
             return Answer(json=body, delay=delay)
-        return replace(await self._audio_of(job), delay=delay)
+        return replace(await self._audio_of(job), delay=delay, chunked=is_streamed)
 
     def add(self, job: Job) -> None:
         """Take a job in, with what its text asks for."""
@@ -506,9 +509,10 @@ class _Connection:
         if answer.delay and not await self.pause(answer.delay):
             return
         body, content_type = _encode(answer)
+        length = {} if answer.chunked else {"content-length": str(len(body))}
         headers = {
             "content-type": content_type,
-            "content-length": str(len(body)),
+            **length,
             "x-nanogpt-sandbox": "true",
             "x-request-id": uuid.uuid4().hex,
         } | {name.lower(): value for name, value in answer.headers.items()}
@@ -517,7 +521,7 @@ class _Connection:
             self.request.status = answer.status
         self.begun = True
         await self._send({"type": "http.response.start", "status": answer.status, "headers": raw})
-        pieces = [(body, 0.0)]  # and the seconds of silence after each
+        pieces = _slices(body, _CHUNK, 0) if answer.chunked else [(body, 0.0)]
         match fault:
             case Cut(after_bytes=int(count)):
                 await self._send({"type": "http.response.body", "body": body[:count], "more_body": True})
@@ -526,7 +530,7 @@ class _Connection:
                 pieces = [(body[:count], seconds), (body[count:], 0.0)]
             case Slow(bytes_per_second=rate):
                 step = max(1, int(rate / 20))
-                pieces = [(body[i : i + step], step / rate) for i in range(0, len(body), step)] or pieces
+                pieces = _slices(body, step, step / rate)
         for piece, pause in pieces[:-1]:
             await self._send({"type": "http.response.body", "body": piece, "more_body": True})
             if not await self.pause(pause):
@@ -541,6 +545,11 @@ class _Connection:
         with contextlib.suppress(asyncio.CancelledError):  # the sandbox is stopping, and has cut all connections
             while (await self._receive())["type"] != "http.disconnect":
                 pass
+
+
+def _slices(body: bytes, size: int, pause: float) -> list[tuple[bytes, float]]:
+    """A body in pieces, with the seconds of silence after each."""
+    return [(body[start : start + size], pause) for start in range(0, len(body), size)] or [(b"", pause)]
 
 
 def _encode(answer: Answer) -> tuple[bytes, str]:

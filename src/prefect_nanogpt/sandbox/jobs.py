@@ -52,6 +52,11 @@ class Model:
         """Whether `response_format` is honoured."""
         return self.id in ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")
 
+    @property
+    def streams(self) -> bool:
+        """Whether `stream` is honoured."""
+        return self.is_openai or self.id.startswith("Elevenlabs-")
+
     def cost(self, characters: int) -> Decimal:
         """What a text of that length costs, in US dollars."""
         return self.price if self.priced_by == "per_generation" else self.price * characters / 1000

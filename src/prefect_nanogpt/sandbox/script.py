@@ -21,6 +21,7 @@ class Answer:
             say otherwise.
         headers: Added to the answer; they win over what the sandbox would send.
         delay: Seconds before the first byte.
+        chunked: Sent in pieces, by the chunked transfer encoding, without a Content-Length.
     """
 
     status: int = 200
@@ -28,6 +29,7 @@ class Answer:
     body: bytes | str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     delay: float = 0.0
+    chunked: bool = False
 
 
 def Redirect(url: str, status: int = 302) -> Answer:  # named like the replies beside it
@@ -40,7 +42,8 @@ class Cut:
     """Close the TCP connection.
 
     Args:
-        after_bytes: Body bytes of the normal answer to send first, its full Content-Length being announced.
+        after_bytes: Body bytes of the normal answer to send first, its full Content-Length being announced
+            unless it is chunked.
             None: the request is not even looked at, and no answer begins. A submission is then not accepted;
             for one that is accepted and lost, see `Accept`.
     """

@@ -340,6 +340,7 @@ def serve(
     job_seconds: float = 3.0,
     balance: float = 100.0,
     speak: bool = True,
+    qualified_models: bool = False,
 ) -> None:
     """Run the sandbox until Ctrl-C or SIGTERM, saying on stderr what it is and how to use it.
 
@@ -350,6 +351,7 @@ def serve(
         job_seconds: How long an asynchronous job takes, in seconds.
         balance: The pretended account's money, in US dollars.
         speak: Speech; else tones, which cost next to nothing.
+        qualified_models: Tickets name the model as the provider behind does, and are only known by that name.
 
     Raises:
         ValueError: If the host is not a loopback address, or a number cannot be right.
@@ -369,6 +371,7 @@ def serve(
                 port=port,
                 audio_port=audio_port or 0,
                 speak=speak,
+                qualified_models=qualified_models,
             ) as sandbox,
             _stop_signals() as stop,
         ):

@@ -25,10 +25,21 @@ from prefect.settings import PREFECT_API_URL
 from prefect.testing.utilities import prefect_test_harness
 from pydantic import SecretStr
 
-from prefect_nanogpt import NanoGPTCredentials
+from prefect_nanogpt import NanoGPTCredentials, client
 from prefect_nanogpt.models import PollSchedule
 from prefect_nanogpt.sandbox import Sandbox
-from prefect_nanogpt.tasks import audio, get_tts_status, join_audio, save_audio, status, submit, submit_tts
+from prefect_nanogpt.tasks import (
+    audio,
+    get_balance,
+    get_tts_status,
+    join_audio,
+    list_models,
+    list_voices,
+    save_audio,
+    status,
+    submit,
+    submit_tts,
+)
 
 # A shell that starts the tests in the background leaves Ctrl-C ignored, and a worker stops through it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -65,6 +76,12 @@ def sandbox() -> Iterator[Sandbox]:
         yield sandbox
 
 
+@pytest.fixture(autouse=True)
+def no_known_catalogue() -> None:
+    """A process keeps a catalogue for minutes, and another sandbox may get the same port."""
+    client._catalogues.clear()
+
+
 @pytest.fixture
 def credentials(sandbox: Sandbox) -> NanoGPTCredentials:
     return NanoGPTCredentials(api_key=SecretStr(API_KEY), base_url=sandbox.base_url)
@@ -84,7 +101,7 @@ def quick() -> PollSchedule:
 @pytest.fixture(autouse=True)
 def no_retry_delays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefect's retries are real, the pauses between them are not: they add up to minutes."""
-    for task in (get_tts_status, join_audio, save_audio, submit_tts):
+    for task in (get_balance, get_tts_status, join_audio, list_models, list_voices, save_audio, submit_tts):
         monkeypatch.setattr(task, "retry_delay_seconds", [0.01])
     for module in (status, audio, submit):  # what calls that are no tasks go by
         monkeypatch.setattr(module, "RETRY_DELAYS_SECONDS", [0.01] * len(module.RETRY_DELAYS_SECONDS))

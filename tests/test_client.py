@@ -22,7 +22,7 @@ from prefect_nanogpt.errors import (
     ProviderError,
     SubmissionUncertain,
 )
-from prefect_nanogpt.models import AudioContent, AudioModel, Completed, Submission, Ticket, TTSRequest
+from prefect_nanogpt.models import AudioContent, Completed, Submission, Ticket, TTSRequest
 from prefect_nanogpt.sandbox import Accept, Answer, Cut, Hang, Redirect, Sandbox
 from tests.conftest import API_KEY
 
@@ -219,7 +219,6 @@ async def test_where_no_connection_is_made_nothing_was_submitted() -> None:
         Accept(then=WEB_PAGE),
         Answer(200, {"status": "pending"}),
         Answer(200, {"status": "error", "error": "The voice is gone", "code": "voice_gone"}),
-        Answer(202, {"status": "pending", "id": "98b0", "message": "Accepted", "type": "tts"}),
         Answer(200, ["98b0"]),
         Answer(200, body="98b0"),
         Answer(200, body="{", headers={"content-type": "application/json"}),
@@ -402,14 +401,6 @@ async def test_the_ticket_goes_along_as_plain_text(
 
     [request] = sandbox.requests("status")
     assert request.query == {"runId": "98b0", "model": "microsoft/mai voice", **sent}
-
-
-# The catalogue
-
-
-async def test_the_catalogue_tells_the_price_of_a_model(client: NanoGPTClient) -> None:
-    assert await client.model(MODEL) == AudioModel(id=MODEL, usd_per_thousand_chars=Decimal("0.06"), max_chars=10_000)
-    assert await client.model("no-such-model") is None
 
 
 # Audio

@@ -74,6 +74,10 @@ class Machine:
     def deployment(self, name: str) -> dict[str, Any]:
         return dict(self.api("GET", f"/deployments/name/{name}/{name}"))
 
+    def model_in_form(self, name: str) -> str:
+        """What the form says of the model."""
+        return str(self.deployment(name)["parameter_openapi_schema"]["properties"]["model"]["description"])
+
     def names(self) -> list[str]:
         return sorted(deployment["name"] for deployment in self.api("POST", "/deployments/filter", {}))
 
@@ -188,6 +192,10 @@ def test_serve_in_an_empty_folder_starts_a_server_and_saves_into_that_folder(emp
 def test_what_was_changed_in_the_ui_outlasts_the_next_serve(machine: Machine, key: dict[str, str]) -> None:
     with machine.serving(**key) as process:
         speech, collect = machine.deployment("text-to-speech"), machine.deployment("collect-open-tickets")
+        for name in ("text-to-speech", "text-to-speech-batch"):
+            assert "microsoft/vibevoice" in machine.model_in_form(name)
+            assert "Music" not in machine.model_in_form(name)
+            assert "others can be typed" in machine.model_in_form(name)
         mine = {"parameters": {"voice": "Rachel"}, "tags": ["mine"], "description": "Mine.", "concurrency_limit": 2}
         machine.api("PATCH", f"/deployments/{speech['id']}", mine)
         daily = {"schedule": {"cron": "0 8 * * *", "timezone": "UTC"}, "active": True}
@@ -306,6 +314,8 @@ def test_a_worker_runs_what_was_deployed_without_a_checkout(
     deployed = pools.command("deploy", "--pool", "nanogpt")
     assert deployed.returncode == 0, deployed.stderr
     assert "prefect worker start --pool nanogpt" in deployed.stderr.splitlines()
+    assert "The forms name the documented models, because there is no key to ask NanoGPT with." in deployed.stderr
+    assert "Qwen-3-TTS-1.7B" in pools.model_in_form("text-to-speech")
     place = pools.home / "prefect" / "nanogpt" / "audio"
     assert pools.deployment("text-to-speech")["parameters"] == {"save_to": str(place)}
     assert pools.deployment("collect-open-tickets")["parameters"] == {}

@@ -449,7 +449,8 @@ async def faults_of_calls(answer: bytes, server: RawServer, save_to: Path) -> li
             {
                 "submit": lambda: client.submit(REQUEST),
                 "status": lambda: client.status(ticket),
-                "model": lambda: client.model(MODEL),
+                "find_model": lambda: client.find_model(MODEL),
+                "get_balance": client.get_balance,
                 "download": lambda: download_to(Destination(save_to), client, audio, "audio"),
             },
             answer,

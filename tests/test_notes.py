@@ -206,7 +206,7 @@ class TestWhole:
                 case down:
                     raise down
 
-        monkeypatch.setattr(client.NanoGPTClient, "model", audio_model)
+        monkeypatch.setattr(client.NanoGPTClient, "find_model", audio_model)
         sandbox.on_submit([Accept(then=Answer(502))])
         for _ in range(2):
             with pytest.raises(SubmissionUncertain):

@@ -632,7 +632,7 @@ class TestLongTexts:
         with pytest.raises(TTSTimeout):
             await text_to_speech(text, **say, **SOON)
         assert len(sandbox.ledger.charges) == 2
-        monkeypatch.setattr(NanoGPTClient, "model", unreachable)
+        monkeypatch.setattr(NanoGPTClient, "find_model", unreachable)
 
         audio = await text_to_speech(text, **say)
 
@@ -814,7 +814,7 @@ class TestBudget:
     ) -> None:
         monkeypatch.setitem(MODELS, "dear", Model("dear", "ticket", Decimal(25), None, "", assumed_price=True))
         if why == "the catalogue is down":
-            monkeypatch.setattr(NanoGPTClient, "model", unreachable)
+            monkeypatch.setattr(NanoGPTClient, "find_model", unreachable)
         text = "\n\n".join(f"Part number {number:03}." for number in range(6))
         for _ in range(2):
             state = await text_to_speech(

@@ -491,7 +491,7 @@ async def test_a_limit_of_the_catalogue_that_cannot_be_meant_is_passed_over(
     async def odd(client: NanoGPTClient, model: str) -> AudioModel:
         return AudioModel(id=model, max_chars=limit)
 
-    monkeypatch.setattr(NanoGPTClient, "model", odd)
+    monkeypatch.setattr(NanoGPTClient, "find_model", odd)
     text = "One two three. " * 60
     await text_to_speech(text, **speech)
     assert [request.json["text"] for request in sandbox.requests("submit")] == [text]

@@ -49,7 +49,7 @@ def arrows(modules: list[str], *targets: str) -> list[str]:
 
 
 FLOWS, TASKS, SANDBOX = "prefect_nanogpt.flows", "prefect_nanogpt.tasks", "prefect_nanogpt.sandbox"
-ENTRANCES = [FLOWS, TASKS, *(f"prefect_nanogpt.{name}" for name in ("cli", "deploying", "sync"))]
+ENTRANCES = [FLOWS, TASKS, *(f"prefect_nanogpt.{name}" for name in ("cli", "deploying", "lookups", "sync"))]
 
 
 def test_the_reader_of_imports_sees_them() -> None:

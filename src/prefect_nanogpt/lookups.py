@@ -103,19 +103,15 @@ def dry_run(text: str | None = None, **parameters: Any) -> int:
     """Show what a text or a batch would cost, for `say --dry-run` and `batch --dry-run`."""
     found = _ask(lambda credentials: estimate.fn(text, credentials=credentials, **parameters))
     held = f", {found.held_jobs} held back (uncertain, lost or refused)" if found.held_jobs else ""
+    more = " and what is not known" if any(model.usd is None for model in found.models) else ""
+    spent = ", ".join(f"{_amount(cost)} {unit}" for unit, cost in found.spent.items())
     table = Table.grid("", "", padding=(0, 2))
     for name, value in [
         ("Lines", f"{found.lines:,}, with {found.characters:,} characters"),
         ("Jobs", f"{found.jobs:,}: {found.paid_jobs:,} paid for, {found.new_jobs:,} to be submitted{held}"),
         *((model.model, _price_of(model)) for model in found.models),
-        (
-            "Would be charged",
-            f"{_amount(found.usd)} USD{' and what is not known' if any(one.usd is None for one in found.models) else ''}",
-        ),
-        (
-            "Charged before",
-            ", ".join(f"{_amount(cost)} {unit}" for unit, cost in found.spent.items()) or "nothing known",
-        ),
+        ("Would be charged", f"{_amount(found.usd)} USD{more}"),
+        ("Charged before", spent or "nothing known"),
         ("Balance", _balance(found.balance).replace("\n", ", ")),
         *(("Not known", what) for what in found.unknown),
         *(("Warning", what) for what in found.warnings),

@@ -19,8 +19,7 @@ from prefect_nanogpt.models import REMARK, decimal_of, plain_name
 
 __all__ = ["NO_OBJECT", "Fault", "Row", "option_value", "read_json", "read_pasted", "read_rows"]
 
-NEEDED: Final = frozenset({"id", "text"})
-COLUMNS_NEEDED: Final = "the columns id and text are needed, named in the first line"
+OF_LINES: Final = ("id", "text")
 NO_OBJECT: Final = "not an object with an id and a text"
 SEPARATORS: Final = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 TOO_DEEP: Final = "it is nested too deeply"
@@ -128,11 +127,12 @@ def _object(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def read_rows(place: str) -> Iterator[Row | Fault]:
+def read_rows(place: str, needed: tuple[str, str] = OF_LINES) -> Iterator[Row | Fault]:
     """Read the rows of a file: as JSON where it looks like JSON, whatever its name, and else as a table.
 
     Args:
         place: The path or fsspec URL of the file.
+        needed: The names that each row has to have; what is below columns of these names is a table.
 
     Raises:
         NanoGPTError: It cannot be read, or is neither UTF-8 nor UTF-16 with a byte order mark (code
@@ -146,7 +146,7 @@ def read_rows(place: str) -> Iterator[Row | Fault]:
         raise NanoGPTError(
             f"{without_login(place)} cannot be read: {words}. Nothing was submitted.", code="LINES_UNREADABLE"
         ) from None
-    yield from _rows_in(text, is_json=place.lower().endswith((".json", ".jsonl", ".ndjson")))
+    yield from _rows_in(text, needed, is_json=place.lower().endswith((".json", ".jsonl", ".ndjson")))
 
 
 def read_pasted(text: str) -> list[dict[str, Any]]:
@@ -160,15 +160,16 @@ def read_pasted(text: str) -> list[dict[str, Any]]:
         [{'id': 'a', 'text': 'Hello!'}, {'id': 'b', 'text': 'Bye.'}]
     """
     rows = []
-    for row in _rows_in(_MARKS.sub("", text)):
+    for row in _rows_in(_MARKS.sub("", text), OF_LINES):
         if isinstance(row, Fault):
             raise ValueError(f"line {row.line}: {row.what}")
         rows.append(_object(row.fields))
     return rows
 
 
-def _rows_in(text: str, *, is_json: bool = False) -> Iterator[Row | Fault]:
-    return _json_rows(text) if is_json or text.lstrip()[:1] in ("[", "{") else _table_rows(text)
+def _rows_in(text: str, needed: tuple[str, str], *, is_json: bool = False) -> Iterator[Row | Fault]:
+    is_json = is_json or text.lstrip()[:1] in ("[", "{")
+    return _json_rows(text, needed) if is_json else _table_rows(text, needed)
 
 
 def _decoded(data: bytes) -> str:
@@ -218,17 +219,18 @@ def _lines_in(text: str, start: int, end: int) -> int:
 # Tables
 
 
-def _table_rows(text: str) -> Iterator[Row | Fault]:
-    line, position, separator = _header(text)
+def _table_rows(text: str, needed: tuple[str, str]) -> Iterator[Row | Fault]:
+    line, position, separator = _header(text, needed)
     records = _records(text, position, line, separator)
-    header = next(records, Fault(line, COLUMNS_NEEDED))
+    columns_needed = f"the columns {' and '.join(needed)} are needed, named in the first line"
+    header = next(records, Fault(line, columns_needed))
     if isinstance(header, Fault):
         yield header
         return
     line, names = header[0], [" ".join(name.split()) for name in header[1]]
-    if not _is_header(names):
+    if not _is_header(names, needed):
         found = ", ".join(repr(name[:SHOWN]) for name in names[:COLUMNS_SHOWN])
-        yield Fault(line, f"{COLUMNS_NEEDED}; found: {found}")
+        yield Fault(line, f"{columns_needed}; found: {found}")
         return
     untitled = {column for column, name in enumerate(names) if not plain_name(name)}
     titled = [
@@ -239,7 +241,7 @@ def _table_rows(text: str) -> Iterator[Row | Fault]:
             yield record
             continue
         at, values = record
-        if _is_header(values):  # once more, where tables were put together
+        if _is_header(values, needed):  # once more, where tables were put together
             if _without_empty(values) != _without_empty(names):
                 yield Fault(
                     at, f"these are names of columns again, and not those of line {line}: give it as a table of its own"
@@ -273,7 +275,7 @@ def _table_rows(text: str) -> Iterator[Row | Fault]:
         yield Row(at, [(name, _cell(value)) for name, value in fields], line)
 
 
-def _header(text: str) -> tuple[int, int, str]:
+def _header(text: str, needed: tuple[str, str]) -> tuple[int, int, str]:
     """Find the header: its line, where it begins, and what separates its names."""
     line, position, separators = 1, 0, list(SEPARATORS)
     if first := _SEPARATOR_LINE.match(text):  # as Excel writes it for itself
@@ -284,9 +286,9 @@ def _header(text: str) -> tuple[int, int, str]:
         if start and start[0]:
             line, position = line + _lines_in(text, position, start.end()), start.end()
         # Only the header can tell which one it is: in the texts stands any of them.
-        found = {one: _names_in(next(_records(text, position, line, one), None)) for one in separators}
+        found = {one: _names_in(next(_records(text, position, line, one), None), needed) for one in separators}
         separator = max(found, key=lambda one: found[one])
-        is_better = found[separator][0] == len(NEEDED) or best[0][0] < len(NEEDED)
+        is_better = found[separator][0] == len(needed) or best[0][0] < len(needed)
         if is_better:
             best = found[separator], line, position, separator
         end = _LINE_END.search(text, position)
@@ -296,8 +298,8 @@ def _header(text: str) -> tuple[int, int, str]:
         line, position = line + 1, end.end()
 
 
-def _is_header(values: Sequence[str]) -> bool:
-    return NEEDED.issubset(plain_name(value) for value in values if len(value) <= SHOWN)
+def _is_header(values: Sequence[str], needed: tuple[str, str]) -> bool:
+    return set(needed).issubset(plain_name(value) for value in values if len(value) <= SHOWN)
 
 
 def _without_empty(values: Sequence[str]) -> list[str]:
@@ -314,11 +316,11 @@ def _cell(value: str) -> str:
     return text[1].replace('""', '"') if text else value
 
 
-def _names_in(header: tuple[int, list[str]] | Fault | None) -> tuple[int, int]:
-    """Tell how good a reading of the header is: how many names of `NEEDED` it gives, and how many in all."""
+def _names_in(header: tuple[int, list[str]] | Fault | None, needed: tuple[str, str]) -> tuple[int, int]:
+    """Tell how good a reading of the header is: how many of the names that are needed it gives, and how many in all."""
     if header is None or isinstance(header, Fault):
         return 0, 0
-    return len(NEEDED & {plain_name(name) for name in header[1]}), len(header[1])
+    return len({*needed} & {plain_name(name) for name in header[1]}), len(header[1])
 
 
 def _records(text: str, position: int, line: int, separator: str) -> Iterator[tuple[int, list[str]] | Fault]:
@@ -371,7 +373,7 @@ def _wrong_quotation(closed: str | None, lines_later: int, stray: str) -> str:
 # JSON
 
 
-def _json_rows(text: str) -> Iterator[Row | Fault]:
+def _json_rows(text: str, needed: tuple[str, str]) -> Iterator[Row | Fault]:
     for item in _json_items(text):
         if isinstance(item, Fault):
             yield item
@@ -383,10 +385,11 @@ def _json_rows(text: str) -> Iterator[Row | Fault]:
             yield _not_json(line, error)
             continue
         if not isinstance(fields, dict):
-            yield Fault(line, NO_OBJECT)
-        elif "text" not in map(plain_name, fields) and any(isinstance(value, list) for value in fields.values()):
+            yield Fault(line, NO_OBJECT if needed == OF_LINES else f"not an object with {' and '.join(needed)}")
+        elif needed[1] not in map(plain_name, fields) and any(isinstance(value, list) for value in fields.values()):
+            names = " and ".join(needed)
             yield Fault(
-                line, "an object with a list in it. Needed is the list itself, or one object a line with id and text"
+                line, f"an object with a list in it. Needed is the list itself, or one object a line with {names}"
             )
         else:
             yield Row(line, list(fields.items()), line)

@@ -46,7 +46,7 @@ from prefect_nanogpt.flows.forms import (
 )
 from prefect_nanogpt.flows.shards import parameters_of_shards, run_shards
 from prefect_nanogpt.job import RESUBMIT, WHAT_TO_LOOK_AT, Said, Terms, find, would_be_submitted
-from prefect_nanogpt.ledger import Entry, Job, Ledger, saved_as
+from prefect_nanogpt.ledger import Entry, Job, Ledger, amounts, saved_as
 from prefect_nanogpt.lines import (
     COMPLETED,
     FILE_NAME,
@@ -462,7 +462,7 @@ class _Batch:
             if entry.saved and end is None:
                 end = await find(job, self._terms, entry)
             if isinstance(end, Said):
-                told = _amounts(await self._ledger.run(self._ledger.costs, entry))
+                told = amounts(await self._ledger.run(self._ledger.costs, entry))
             elif entry.states:
                 told = await self._ledger.run(_standing, self._ledger, entry, reason, self._entry(job.id).last)
         except NanoGPTError as unreadable:
@@ -557,15 +557,6 @@ def _completed(line: Line, job: str, audio: AudioFile, told: Mapping[str, Any]) 
     return ManifestRow(outcome=COMPLETED, **told_of, **costs, **file)
 
 
-def _amounts(costs: Mapping[str | None, Decimal]) -> dict[str, Any]:
-    """Give the fields of a row that tell what was charged: USD first, which is what no unit means."""
-    others = dict(costs)
-    if None in others and "USD" in others:
-        others["USD"] += others.pop(None)
-    first = next((currency for currency in ("USD", None, *others) if currency in others), None)
-    return {"cost": others.pop(first, None), "currency": first, "other_costs": others or None}
-
-
 def _costs_of(row: ManifestRow) -> dict[str, Any]:
     return {name: getattr(row, name) for name in COSTS}
 
@@ -576,9 +567,8 @@ def _standing(ledger: Ledger, entry: Entry, reason: str | None, had: int) -> dic
     What counts is the latest try that was, or may have been, charged, or that the provider refused, or that was made
     since there were `had` tries. A job without one was not submitted.
     """
-    if entry.is_in_the_air and ledger.was_never_sent(entry):
-        entry = Entry(entry.job, {number: states for number, states in entry.states.items() if number < entry.last})
-    told: dict[str, Any] = _amounts(ledger.costs(entry)) | {"outcome": NOT_SUBMITTED, "detail": reason}
+    entry = ledger.that_left(entry)
+    told: dict[str, Any] = amounts(ledger.costs(entry)) | {"outcome": NOT_SUBMITTED, "detail": reason}
     tries = [*entry.charged, *([entry.last] if entry.over == "refused" or entry.last > had else [])]
     if not tries:
         return told

@@ -354,7 +354,7 @@ def test_ten_thousand_lines_open_a_page_at_a_time(tmp_path: Path) -> None:
         sha256=digest,
         peaks=(1, 50, 100),
     )
-    ledger.note_saved(rows[-1].job, 1, last)
+    ledger.note_saved(Job(provider, noted_as=rows[-1].job), 1, last)
     with listening(port=0, folders=[tmp_path]) as url, httpx.Client(base_url=url, timeout=120) as client:
         first = client.get(f"/{folder_id(tmp_path)}/").text
         assert "10000 files" in first

@@ -157,7 +157,7 @@ def _under_its_name(job: Job, ledger: Ledger, found: Found) -> Said | None:
         if location is None:
             return None
         audio = audio.model_copy(update={"location": location})
-        ledger.note_saved(job.id, found.number, audio, found.paid_by)
+        ledger.note_saved(job, found.number, audio, found.paid_by)
     return Said(audio, False, found.paid_by, found.paid_at)
 
 
@@ -366,7 +366,7 @@ def _next_try(ledger: Ledger, entry: Entry, resubmit: Collection[str]) -> int | 
     """
     if entry.is_in_the_air and not ledger.entry(entry.job).is_in_the_air:
         return None
-    over = entry.over
+    over: Over | None = entry.over
     if entry.is_in_the_air:
         over = "unsent" if ledger.was_never_sent(entry) else "uncertain"
     elif entry.is_saved:
@@ -482,11 +482,12 @@ async def _until_completed(ticket: Ticket, terms: Terms, steps: Steps, poll_at_o
 
 
 def _note_saved(
-    job: Job, ledger: Ledger, number: int, audio: AudioFile, *, is_told: bool = False, **details: Any
+    job: Job, ledger: Ledger, number: int, audio: AudioFile, *, is_told: bool = False, parts: int | None = None
 ) -> None:
     """Note that a job is saved, and announce it if nobody has."""
     ledger.flush()
-    if ledger.note_saved(job.id, number, audio) and not is_told:
+    if ledger.note_saved(job, number, audio, parts=parts) and not is_told:
+        details: dict[str, Any] = {} if parts is None else {"parts": parts}
         details |= {"location": audio.location, "sha256": audio.sha256, "duration_seconds": audio.duration_seconds}
         announce("completed", job.id, _model_of(job, audio.ticket), audio.ticket, **details)
 

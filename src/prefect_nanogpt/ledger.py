@@ -30,7 +30,7 @@ import secrets
 import socket
 import time
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -47,7 +47,7 @@ from prefect_nanogpt.events import RunReference, run_logger, this_run
 from prefect_nanogpt.models import AudioContent, AudioFile, Completed, Submission, Ticket, TTSRequest
 from prefect_nanogpt.storage import Destination, is_temporary, kept_name
 
-__all__ = ["Entry", "Found", "Job", "Ledger", "Over", "Plan", "run_in", "saved_as"]
+__all__ = ["Entry", "Found", "Job", "Ledger", "Over", "Plan", "amounts", "charge_in", "run_in", "saved_as"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -60,7 +60,8 @@ NOTE_ATTEMPTS: Final = 5
 TORN_SECONDS: Final = 1.0
 _NOTE: Final = re.compile(r"([0-9a-f]{32})\.(\d+)\.(sent|answer|plan|saved-[0-9a-f]{8}|over-[a-z]+)\.json")
 
-Over = Literal["unsent", "unaccepted", "failed", "refused", "lost", "uncertain"]
+End = Literal["failed", "refused", "lost", "uncertain"]
+Over = Literal["unsent", "unaccepted"] | End
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,12 @@ class Entry:
         return [number for number, states in self.states.items() if states - {"plan"}]
 
     @property
-    def over(self) -> Over | None:
+    def over(self) -> End | None:
         """How the latest try came to nothing, if it did: its gravest end; an end unknown here counts as uncertain."""
         ends = {state for state in self._latest if state[:5] == "over-"}
         if ends == {"over-uncertain"} and any(state == "answer" or state[:6] == "saved-" for state in self._latest):
             return None  # the answer came after all
-        known: tuple[Over, ...] = ("refused", "failed", "lost")
+        known: tuple[End, ...] = ("refused", "failed", "lost")
         return next((over for over in known if f"over-{over}" in ends), "uncertain" if ends else None)
 
     @property
@@ -317,6 +318,13 @@ class Ledger:
             time.sleep(pause)  # without hard links a note is there a moment before it is whole
         return {}
 
+    def notes(self, entry: Entry) -> dict[int, dict[str, dict[str, Any]]]:
+        """Read the notes of a job's tries, by number and state; an empty one is damaged, or gone by now."""
+        return {
+            number: {state: self.read_note(entry.job, number, state) for state in sorted(states - {"plan"})}
+            for number, states in sorted(entry.states.items())
+        }
+
     def _read(self, name: str) -> bytes | None:
         return self._remembered.get(name) or self.folder.read(name)
 
@@ -402,12 +410,14 @@ class Ledger:
 
     def _stated(self, entry: Entry, number: int) -> tuple[str | None, Decimal] | None:
         """Read what the provider said that a try cost: the currency and the amount."""
-        for state in sorted(entry.states[number] - {"sent", "plan"}):
-            note = self.read_note(entry.job, number, state)
-            told = note.get("ticket") or note.get("completed") or note.get("audio") or {}
-            if told.get("cost") is not None:  # every note of a try tells of the same charge
-                return told.get("paymentSource") or told.get("currency"), Decimal(str(told["cost"]))
-        return None
+        states = sorted(entry.states[number] - {"sent", "plan"})
+        return charge_in(self.read_note(entry.job, number, state) for state in states)
+
+    def that_left(self, entry: Entry) -> Entry:
+        """Leave out the latest try of a job where it is one of this process that certainly did not leave."""
+        if not (entry.is_in_the_air and self.was_never_sent(entry)):
+            return entry
+        return Entry(entry.job, {number: states for number, states in entry.states.items() if number < entry.last})
 
     def may_still_be_answered(self, entry: Entry) -> bool:
         """Whether whoever sent the latest try may still be waiting for the answer."""
@@ -477,20 +487,34 @@ class Ledger:
         note = {"code": error.code, "message": error.message, **_ticket_in(error.ticket)}
         return self._end(job, number, f"over-{over}", note)
 
-    def note_saved(self, job: str, number: int, audio: AudioFile, paid_by: RunReference | None = None) -> bool:
-        """Note a file that has the audio of a try, and whether this call did."""
+    def note_saved(
+        self,
+        job: Job,
+        number: int,
+        audio: AudioFile,
+        paid_by: RunReference | None = None,
+        parts: int | None = None,
+    ) -> bool:
+        """Note a file that has the audio of a try, and whether this call did.
+
+        `paid_by` is the run that had paid for it, where another one has; `parts` of how many parts it was joined, each
+        of them a job that has its own cost.
+        """
         folder, _, name = audio.location.rpartition("/")
         if f"{folder}/" == self.folder.location_of(""):
             name = f"{FOLDER}/{name}"
         told = audio.model_dump(mode="json", exclude_none=True)
-        note: dict[str, Any] = {"name": name, "audio": told, **self._elsewhere(), **_ticket_in(audio.ticket)}
+        note: dict[str, Any] = {"provider": job.provider, "name": name, "audio": told}
+        note |= self._elsewhere() | _ticket_in(audio.ticket)
         if paid_by is not None:
             note["run"] = paid_by.model_dump()
+        if parts is not None:
+            note["parts"] = parts
         state = saved_as(name, audio.sha256)
-        is_new = self._end(job, number, state, note)
+        is_new = self._end(job.id, number, state, note)
         is_only_copy = audio.ticket is None and audio.source_url is None and self._home is not self.destination
-        if not is_only_copy and _name(job, number, state) not in self._remembered:
-            answer = _name(job, number, "answer")
+        if not is_only_copy and _name(job.id, number, state) not in self._remembered:
+            answer = _name(job.id, number, "answer")
             self._remembered.pop(answer, None)
             try:
                 self.folder.remove(answer)
@@ -583,6 +607,26 @@ def run_in(note: Mapping[str, Any]) -> RunReference:
     with suppress(ValidationError):
         return RunReference.model_validate(note.get("run") or {})
     return RunReference()
+
+
+def charge_in(notes: Iterable[Mapping[str, Any]]) -> tuple[str | None, Decimal] | None:
+    """Give what the provider said that a try cost, currency and amount, by its notes; None where it did not say."""
+    for note in notes:
+        with suppress(AttributeError, ArithmeticError):  # of a note that was edited
+            told = note.get("ticket") or note.get("completed") or note.get("audio") or {}
+            # Every note of a try tells of the same charge.
+            if told.get("cost") is not None and (cost := Decimal(str(told["cost"]))).is_finite():
+                return told.get("paymentSource") or told.get("currency"), cost
+    return None
+
+
+def amounts(costs: Mapping[str | None, Decimal]) -> dict[str, Any]:
+    """Give the fields of a row that tell what was charged: USD first, which is what no unit means."""
+    others = dict(costs)
+    if None in others and "USD" in others:
+        others["USD"] += others.pop(None)
+    first = next((currency for currency in ("USD", None, *others) if currency in others), None)
+    return {"cost": others.pop(first, None), "currency": first, "other_costs": others or None}
 
 
 def saved_as(name: str, sha256: str) -> str:

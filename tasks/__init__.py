@@ -7,6 +7,7 @@ from prefect_nanogpt.tasks.catalogue import get_balance, list_models, list_voice
 from prefect_nanogpt.tasks.estimates import estimate
 from prefect_nanogpt.tasks.join import join_audio
 from prefect_nanogpt.tasks.log import is_news
+from prefect_nanogpt.tasks.statement import read_ledger
 from prefect_nanogpt.tasks.status import get_tts_status
 from prefect_nanogpt.tasks.submit import submit_tts
 
@@ -17,6 +18,7 @@ __all__ = [
     "join_audio",
     "list_models",
     "list_voices",
+    "read_ledger",
     "save_audio",
     "submit_tts",
 ]

@@ -1,8 +1,8 @@
-"""The command line: `prefect-nanogpt say`, `batch`, `wait`, `listen`, `serve`, `deploy`, `models`,
-`voices`, `balance` and `sandbox`.
+"""The command line: `prefect-nanogpt say`, `batch`, `wait`, `models`, `voices`, `balance`, `ledger`, `listen`, `serve`,
+`deploy` and `sandbox`.
 
 What is being done goes to standard error; standard output gets the location of the audio, or of the manifest of a
-batch, and nothing else.
+batch, or what `ledger` tells, and nothing else.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from rich.text import Text
 import prefect_nanogpt.flows
 import prefect_nanogpt.tasks
 from prefect_nanogpt import NanoGPTCredentials, __version__
+from prefect_nanogpt.accounting import ledger
 from prefect_nanogpt.client import INVALID_CREDENTIALS
 from prefect_nanogpt.credentials import find_credentials
 from prefect_nanogpt.deploying import deploy, serve
@@ -434,7 +435,7 @@ async def _until_stopped() -> None:
     await asyncio.Event().wait()
 
 
-for _command in (serve, deploy, models, voices, balance):
+for _command in (serve, deploy, models, voices, balance, ledger):
     app.command(_command)
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "join_audio",
     "list_models",
     "list_voices",
+    "read_ledger",
     "save_audio",
     "submit_tts",
     "text_to_speech",
@@ -111,3 +112,4 @@ estimate = _blocking("estimate", tasks.estimate)
 list_models = _blocking("list_models", tasks.list_models)
 list_voices = _blocking("list_voices", tasks.list_voices)
 get_balance = _blocking("get_balance", tasks.get_balance)
+read_ledger = _blocking("read_ledger", tasks.read_ledger)

@@ -33,8 +33,17 @@ from prefect_nanogpt.flows.ending import PLAIN_JSON, failed, given_name, keep_re
 from prefect_nanogpt.flows.forms import ArtifactKey, Credentials, SaveTo, has_form, titled
 from prefect_nanogpt.job import Said, Terms, settle
 from prefect_nanogpt.ledger import Entry, Job, Ledger, run_in
-from prefect_nanogpt.models import AudioContent, AudioFile, Completed, Submission, Ticket
+from prefect_nanogpt.models import (
+    LONGEST_WORD,
+    AudioContent,
+    AudioFile,
+    Completed,
+    Submission,
+    Ticket,
+    one_line,
+)
 from prefect_nanogpt.report import Artifact, Report, quietly
+from prefect_nanogpt.statement import cells
 from prefect_nanogpt.storage import Destination, absolute
 from prefect_nanogpt.tasks import status
 from prefect_nanogpt.tasks.ledgers import LABEL, LedgerLabel
@@ -72,7 +81,9 @@ class CollectedTicket(BaseModel):
         detail: Where the audio is, or the code and the reason; of each folder, where several wait for one job.
         run_id: The provider's id of the job; None for a model that answers at once.
         model: The model of the job.
-        cost: What was charged, in the unit of the payment source.
+        cost: What was charged, in `currency`.
+        currency: The unit of `cost`, where the provider said.
+        text: The beginning of the text, where the notes have it.
         flow_runs: The names of the runs that submitted it or waited for it.
     """
 
@@ -81,6 +92,8 @@ class CollectedTicket(BaseModel):
     run_id: str | None = None
     model: str | None = None
     cost: Decimal | None = None
+    currency: str | None = None
+    text: str | None = None
     flow_runs: list[str]
 
 
@@ -154,17 +167,7 @@ async def collect_open_tickets(
             )
     except NanoGPTError as error:
         return cast(list[CollectedTicket], await failed(error, final=not error.retryable))
-    table = [
-        {
-            "outcome": row.outcome,
-            "detail": row.detail,
-            "run id": row.run_id or "",
-            "model": row.model or "",
-            "cost": f"{row.cost:f}" if row.cost is not None else "",
-            "runs": ", ".join(row.flow_runs),
-        }
-        for row in rows
-    ]
+    table = [cells({**dict(row), "flow_run": ", ".join(row.flow_runs)}) for row in rows]
     await Artifact("table", artifact_key).show(json.dumps(table), f"{len(rows)} open jobs")
     if refusals:
         refusals[0].message += " What is not settled stays open: run the collection again with a key that is accepted."
@@ -334,19 +337,24 @@ async def _collect(
     refusals: list[NanoGPTError],
 ) -> CollectedTicket:
     """Settle the places that wait for a job, and tell of the one that is worst off, with all of them in the detail."""
-    first = same[0]
+    first, submission = same[0], same[0].submission
     async with gate:
         ends = list(dict.fromkeys([await _settle(found, client, public_url, refusals) for found in same]))
     outcome = max((outcome for outcome, _ in ends), key=get_args(Outcome).index)
     detail = ends[0][1] if len(ends) == 1 else "; ".join(f"{outcome}: {detail}" for outcome, detail in ends)
     run_id = first.ticket.run_id if first.ticket else None
     run_logger().info("Job %s: %s, %s", run_id or first.entry.job, outcome, detail)
+    currency = None
+    if isinstance(submission, Ticket | Completed) and submission.cost is not None:
+        currency = submission.payment_source if isinstance(submission, Ticket) else submission.currency
     return CollectedTicket(
         outcome=outcome,
         detail=detail,
         run_id=run_id,
         model=first.model,
-        cost=first.submission.cost if isinstance(first.submission, Ticket | Completed) else None,
+        cost=submission.cost if isinstance(submission, Ticket | Completed) else None,
+        currency=currency,
+        text=one_line(str(first.text), LONGEST_WORD) if first.text else None,
         flow_runs=sorted({found.run.name for found in same if found.run.name}),
     )
 

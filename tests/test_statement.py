@@ -27,10 +27,11 @@ from prefect_nanogpt.sandbox import Accept, Answer, Cut, Sandbox
 from prefect_nanogpt.statement import COLUMNS, BoughtJob, Statement, Total, statement_of, totals_of
 from prefect_nanogpt.storage import Destination
 from prefect_nanogpt.tasks import read_ledger, submit_tts
+from tests.s3_server import S3Server, s3, s3_env
 from tests.test_cli import run
 from tests.test_paid_once import PENDING, SOON, notes, say
 
-__all__ = ["say"]
+__all__ = ["s3", "s3_env", "say"]
 
 MODEL = "Elevenlabs-Turbo-V2.5"
 TORN = b'{"at": "2026-'
@@ -243,6 +244,33 @@ class TestJobs:
             *[(str(tmp_path / "backup"), 0)] * 2,
         ]
 
+    async def test_a_job_that_is_saved_while_it_is_read_is_told_as_saved(
+        self, sandbox: Sandbox, say: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sandbox.on_status(None, [PENDING])
+        await text_to_speech("In between.", **say, **SOON, return_state=True)
+        [answer] = notes(say["save_to"], "answer")
+        ticket = answer.read_bytes()
+        await text_to_speech("In between.", **say)
+        [saved] = notes(say["save_to"], "saved")
+        end = saved.read_bytes()
+        saved.unlink()
+        answer.write_bytes(ticket)
+        read = Destination.read
+
+        def too_late(self: Destination, name: str) -> bytes | None:
+            if name == answer.name:
+                saved.write_bytes(end)
+                answer.unlink()
+            return read(self, name)
+
+        monkeypatch.setattr(Destination, "read", too_late)
+
+        job = await job_in(say["save_to"])
+
+        assert (job.outcome, job.cost) == ("saved", sandbox.ledger.charged_total)
+        assert job.detail == f"{job.run_id}.mp3"
+
     async def test_each_note_is_read_once(
         self, sandbox: Sandbox, say: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -453,7 +481,7 @@ class TestPlaces:
             url = f"http://127.0.0.1:{unused.getsockname()[1]}/api"
             done = run("ledger", save_to, cwd=tmp_path, server=False, PREFECT_API_URL=url)
         assert (done.returncode, done.stdout) == (0, "Nothing was bought.\n")
-        assert "A ledger that it names is not read." in done.stderr
+        assert "Whether the credentials name a ledger is not known" in done.stderr
 
     async def test_the_place_that_is_set_for_all_ledgers_is_read_too(
         self, sandbox: Sandbox, say: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -471,6 +499,20 @@ class TestPlaces:
         assert {job.text: job.folder for job in jobs} == {"Of the block.": say["save_to"], "Beside.": say["save_to"]}
         done = run("ledger", cwd=tmp_path, NANOGPT_LEDGER=str(tmp_path / "nowhere"))
         assert (done.returncode, done.stderr) == (1, f"There is no ledger in {tmp_path}/nowhere.\n")
+
+    async def test_a_ledger_in_a_bucket_is_read_as_one_beside_files(
+        self, sandbox: Sandbox, say: dict[str, Any], s3_env: S3Server
+    ) -> None:
+        bucket = "s3://speech/episodes"
+        await one_of_each(sandbox, {**say, "save_to": bucket})
+
+        statement = await statement_of([bucket, "s3://speech/nothing", "s3://private/speech"])
+
+        assert {job.outcome for job in statement.jobs} == {*TO_DO, "saved"}
+        assert {job.folder for job in statement.jobs} == {bucket}
+        absent, refused = statement.problems
+        assert absent == "There is no ledger in s3://speech/nothing."
+        assert refused.startswith("The ledger of s3://private/speech cannot be read: ")
 
     def test_a_login_in_a_url_is_not_shown(self, tmp_path: Path) -> None:
         with socket.socket() as unused:
@@ -504,19 +546,21 @@ class TestWriting:
         assert sum(costs) == sum(job.cost for job in statement.jobs if job.cost is not None)
         assert [row["cost"] for row in table if row["outcome"] == "uncertain"] == [""]
 
-    @pytest.mark.parametrize("sign", ["=", "+", "-", "@"])
     async def test_no_text_is_a_formula_nor_a_command_to_the_terminal(
-        self, sign: str, sandbox: Sandbox, say: dict[str, Any], tmp_path: Path
+        self, sandbox: Sandbox, say: dict[str, Any], tmp_path: Path
     ) -> None:
-        await submit_tts(TTSRequest(text=f"{sign}1+1\x1b[31m\x07\r\n\u202eevil"), say["save_to"], say["credentials"])
+        for sign in "=+-@":
+            text = f"{sign}1+1\x1b[31m\x07\r\n\u202eevil"
+            await submit_tts(TTSRequest(text=text), say["save_to"], say["credentials"])
 
         for form in ("--csv", "--json", "--all"):
             shown = run("ledger", say["save_to"], form, cwd=tmp_path).stdout
-            assert f"{sign}1+1 evil" in shown
             assert not {"\x1b", "\x07", "\r", "\u202e"} & set(shown)
+            for sign in "=+-@":
+                assert f"{sign}1+1 evil" in shown
             if form == "--csv":
-                [row] = csv.DictReader(io.StringIO(shown))
-                assert row["text"] == f"'{sign}1+1 evil"
+                texts = [row["text"] for row in csv.DictReader(io.StringIO(shown))]
+                assert sorted(texts) == [f"'{sign}1+1 evil" for sign in "+-=@"]
 
     async def test_a_terminal_of_80_columns_shows_all_of_it(
         self, sandbox: Sandbox, say: dict[str, Any], tmp_path: Path

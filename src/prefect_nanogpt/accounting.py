@@ -72,7 +72,7 @@ async def _statement(folders: Sequence[str]) -> Statement:
         try:
             elsewhere = Ledger.elsewhere((await places_of(None)).ledger)
         except CredentialsError as error:
-            console.print(f"{error.message} A ledger that it names is not read.", markup=False)
+            console.print(f"Whether the credentials name a ledger is not known: {error.message}", markup=False)
     return await statement_of(folders or ["audio"], elsewhere)
 
 

@@ -1,15 +1,16 @@
-"""Texts that are longer than a model takes: where to cut them."""
+"""Texts that are longer than a model takes, or a line of subtitles holds: where to cut them."""
 
 from __future__ import annotations
 
 import re
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from enum import IntEnum
 from fractions import Fraction
-from typing import Final
+from typing import Final, NamedTuple
 
-__all__ = ["LEAST_PART", "spans", "split", "units"]
+__all__ = ["LEAST_PART", "NO_BREAK_SPACE", "Ending", "Piece", "pieces", "spans", "split", "units"]
 
 LEAST_PART: Final = 20
 """In UTF-16 code units: room for the longest word of most texts with its marks. Each part is a job, and is paid for."""
@@ -44,6 +45,28 @@ NOT_FIRST: Final = frozenset(
 vowels of Thai and Lao that are written behind their consonant."""
 NOT_LAST: Final = frozenset(f"{OPENING}เแโใไເແໂໃໄ")
 """What no line ends with: opening marks, and the vowels of Thai and Lao that are written before their consonant."""
+
+
+class Ending(IntEnum):
+    """What a text can be cut behind, the best first."""
+
+    PARAGRAPH = 0
+    SENTENCE = 1
+    CLAUSE = 2
+    LINE = 3
+    WORD = 4
+    NO_BREAK_SPACE = 5
+    BETWEEN_WORDS = 6
+    """Two words with nothing between them, as in Chinese, Japanese and Thai."""
+    IN_WORD = 7
+
+
+class Piece(NamedTuple):
+    """A piece of a text that is to stay whole: where it begins and ends, as indices, and what ends there."""
+
+    start: int
+    end: int
+    ending: Ending
 
 
 def units(text: str) -> int:
@@ -88,8 +111,7 @@ def spans(text: str, limit: int, language: str | None = None) -> list[tuple[int,
         >>> spans("One. Two.", 5)
         [(0, 4), (5, 9)]
     """
-    found = re.match(r"([a-z]{2})(?![a-z])", (language or "").lower())
-    cuts = _Cuts(text, found[1] if found else "en")
+    cuts = _Cuts(text, language)
     start, end = _behind_space(text, 0), len(text.rstrip())
     parts = []
     while cuts.units(start, end) > limit:
@@ -98,6 +120,28 @@ def spans(text: str, limit: int, language: str | None = None) -> list[tuple[int,
         start = _behind_space(text, cut)
     parts.append((start, end))
     return parts
+
+
+def pieces(text: str, is_too_wide: Callable[[int, int], bool], language: str | None = None) -> list[Piece]:
+    """Take a text apart at every place where a line of it may end.
+
+    Words are cut only where they are too wide, and so are texts that put no space between them, there by the rules of
+    typesetters: no line begins with a closing mark or ends with an opening one.
+
+    Args:
+        text: The text.
+        is_too_wide: Whether what is between two indices is too wide for a line.
+        language: A code such as `de` or `de-AT`, whose abbreviations then end no sentence; English otherwise.
+
+    Returns:
+        The pieces, in order. The white space between them is in none, and every other character is in one.
+
+    Example:
+        >>> text = "Dr. No waits. He paid."
+        >>> [text[start:end] for start, end, ending in pieces(text, lambda start, end: end - start > 20)]
+        ['Dr.', 'No', 'waits.', 'He', 'paid.']
+    """
+    return _Cuts(text, language).pieces(is_too_wide)
 
 
 def _behind_space(text: str, place: int) -> int:
@@ -110,9 +154,11 @@ def _behind_space(text: str, place: int) -> int:
 class _Cuts:
     """The places where a text can be cut, by kind. A place is the index behind the last character before the cut."""
 
-    def __init__(self, text: str, language: str) -> None:
+    def __init__(self, text: str, language: str | None) -> None:
         import regex
 
+        found = re.match(r"([a-z]{2})(?![a-z])", (language or "").lower())
+        self._language = found[1] if found else "en"
         self._text = text
         self._clusters = regex.compile(r"\X")
         self._word_bounds = regex.compile(r"(?w)\b")
@@ -120,7 +166,7 @@ class _Cuts:
         self._words = array("l", (index for index, character in enumerate(text) if character.isalnum()))
         self._kinds: list[tuple[list[int], Fraction]] = [
             (self._usable(found.start() for found in PARAGRAPH.finditer(text)), Fraction(1, 2)),
-            (self._usable(self._behind_signs(self._usable(self._sentence_ends(language)))), Fraction(0)),
+            (self._usable(self._behind_signs(self._usable(self._sentence_ends()))), Fraction(0)),
             (self._usable(self._behind(CLAUSE_END)), Fraction(1, 4)),
             (self._usable(found.start() for found in LINE_END.finditer(text)), Fraction(1, 4)),
             (self._usable(found.start() for found in WORD_END.finditer(text)), Fraction(0)),
@@ -173,23 +219,67 @@ class _Cuts:
 
     def _between_characters(self, start: int, first: int, last: int) -> int | None:
         """Cut between grapheme clusters, and in the second half of the part rather not where a typesetter would not."""
-        places: list[int] = [
-            place
-            for found in self._clusters.finditer(self._text[start : last + 64])
-            if first <= (place := start + found.end()) <= last and self._is_clean(place)
-        ]
+        places = [place for place in self._ends_of_characters(start, last) if place >= first]
         half = start + (last - start) // 2
-        bounds = {found.start() for found in self._word_bounds.finditer(self._text, half, last + 64)}
+        bounds = self._bounds_of_words(half, last)
         lines = [place for place in places if place >= half and self._may_part(place)]
         between_words = [place for place in lines if place in bounds]
         found = between_words or lines or places
         return found[-1] if found else None
 
+    def _ends_of_characters(self, start: int, last: int) -> list[int]:
+        """List where grapheme clusters end, from a place at which one begins to another one."""
+        return [
+            place
+            for found in self._clusters.finditer(self._text[start : last + 64])
+            if (place := start + found.end()) <= last and self._is_clean(place)
+        ]
+
+    def _bounds_of_words(self, start: int, last: int) -> set[int]:
+        return {found.start() for found in self._word_bounds.finditer(self._text, start, last + 64)}
+
     def _may_part(self, place: int) -> bool:
         """Whether a line may end between two words without a space; numbers and addresses are in one line."""
         before, after = self._text[place - 1], self._text[place]
-        is_kept = before in NO_BREAK or after in NO_BREAK or before in NOT_LAST or after in NOT_FIRST
-        return not is_kept and not ("!" <= before <= "~" and "!" <= after <= "~")
+        return self._may_end_line(place) and not ("!" <= before <= "~" and "!" <= after <= "~")
+
+    def _may_end_line(self, place: int) -> bool:
+        before, after = self._text[place - 1], self._text[place]
+        return not (before in NO_BREAK or after in NO_BREAK or before in NOT_LAST or after in NOT_FIRST)
+
+    def pieces(self, is_too_wide: Callable[[int, int], bool]) -> list[Piece]:
+        """Take the text apart."""
+        endings = {
+            place: Ending(kind) for kind, (places, _) in reversed(list(enumerate(self._kinds))) for place in places
+        }
+        end = len(self._text.rstrip())
+        whole = Piece(_behind_space(self._text, 0), end, Ending.PARAGRAPH)
+        found = self._parted(whole, sorted(endings), endings.__getitem__) if end else []
+        for ending, may_end in (
+            (Ending.BETWEEN_WORDS, self._may_part),
+            (Ending.IN_WORD, self._may_end_line),
+            (Ending.IN_WORD, lambda _: True),
+        ):
+            found = [
+                part
+                for piece in found
+                for part in (self._parted_wide(piece, ending, may_end) if is_too_wide(*piece[:2]) else [piece])
+            ]
+        return found
+
+    def _parted_wide(self, piece: Piece, ending: Ending, may_end: Callable[[int], bool]) -> list[Piece]:
+        places = [place for place in self._ends_of_characters(piece.start, piece.end - 1) if may_end(place)]
+        if ending is Ending.BETWEEN_WORDS:
+            bounds = self._bounds_of_words(piece.start, piece.end)
+            places = [place for place in places if place in bounds]
+        return self._parted(piece, places, lambda _: ending)
+
+    def _parted(self, piece: Piece, places: Iterable[int], ending_at: Callable[[int], Ending]) -> list[Piece]:
+        start, parts = piece.start, []
+        for place in places:
+            parts.append(Piece(start, place, ending_at(place)))
+            start = _behind_space(self._text, place)
+        return [*parts, piece._replace(start=start)]
 
     def _is_clean(self, place: int) -> bool:
         """Whether what follows the white space here is a character of its own."""
@@ -247,7 +337,7 @@ class _Cuts:
         opens = end > place and text[end - 1] in "\"'" and end < len(text) and text[end].isalnum()
         return place if opens else end
 
-    def _sentence_ends(self, language: str) -> Iterator[int]:
+    def _sentence_ends(self) -> Iterator[int]:
         """Find where sentences end: by the segmenter, block by block, and by marks that mean nothing else."""
         yield from self._behind(SENTENCE_END)
         text = self._text
@@ -257,18 +347,18 @@ class _Cuts:
             while bound - start > BLOCK_CHARS:
                 space = text.rfind(" ", start + BLOCK_CHARS // 2, start + BLOCK_CHARS) + 1
                 cut = space or start + BLOCK_CHARS
-                yield from (end for end in self._segmented(start, cut, language) if end < cut - 1)
+                yield from (end for end in self._segmented(start, cut) if end < cut - 1)
                 start = cut
-            yield from self._segmented(start, bound, language)
+            yield from self._segmented(start, bound)
             start = bound
 
-    def _segmented(self, start: int, end: int, language: str) -> Iterator[int]:
+    def _segmented(self, start: int, end: int) -> Iterator[int]:
         import sentencex
 
         # The segmenter takes white space for one byte, and panics where it is not.
         text = re.sub(r"(?![\x00-\x7f])\s", " ", self._text[start:end])
         try:
-            sentences = list(sentencex.segment(language, text))
+            sentences = list(sentencex.segment(self._language, text))
         except BaseException as error:
             # A fault of the segmenter comes as a PanicException, which is no Exception.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":

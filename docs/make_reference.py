@@ -14,7 +14,18 @@ from prefect_nanogpt.flows.forms import own_signature
 
 PUBLIC = {
     "prefect_nanogpt.flows": ["text_to_speech", "text_to_speech_batch", "wait_for_tts", "collect_open_tickets"],
-    "prefect_nanogpt.tasks": ["submit_tts", "get_tts_status", "save_audio", "read_ledger"],
+    "prefect_nanogpt.tasks": [
+        "submit_tts",
+        "get_tts_status",
+        "save_audio",
+        "join_audio",
+        "write_subtitles",
+        "list_models",
+        "list_voices",
+        "get_balance",
+        "estimate",
+        "read_ledger",
+    ],
     "prefect_nanogpt": ["NanoGPTCredentials"],
     "prefect_nanogpt.models": ["Ticket", "TTSRequest", "Pending", "Completed", "Rejected", "AudioFile", "PollSchedule"],
     "prefect_nanogpt.lines": ["ManifestRow"],

@@ -1,4 +1,4 @@
-"""One Prefect task per step: submit a job, poll it, save its audio, join what was saved; and what can be looked up."""
+"""One Prefect task per step: submit a job, poll it, save its audio, join it, write subtitles; and what can be looked up."""
 
 import logging
 
@@ -10,6 +10,7 @@ from prefect_nanogpt.tasks.log import is_news
 from prefect_nanogpt.tasks.statement import read_ledger
 from prefect_nanogpt.tasks.status import get_tts_status
 from prefect_nanogpt.tasks.submit import submit_tts
+from prefect_nanogpt.tasks.subtitles import write_subtitles
 
 __all__ = [
     "estimate",
@@ -21,6 +22,7 @@ __all__ = [
     "read_ledger",
     "save_audio",
     "submit_tts",
+    "write_subtitles",
 ]
 
 logging.getLogger("prefect.task_runs").addFilter(is_news)

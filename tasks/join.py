@@ -22,7 +22,7 @@ from prefect_nanogpt.storage import Destination
 from prefect_nanogpt.tasks.audio import RETRY_DELAYS_SECONDS
 from prefect_nanogpt.tasks.retries import JITTER, may_help
 
-__all__ = ["bytes_of", "join_audio"]
+__all__ = ["LONGEST_GAP_SECONDS", "bytes_of", "folder_and_name", "join_audio"]
 
 BLOCK_BYTES: Final = 1024**2
 LONGEST_GAP_SECONDS: Final = 3600
@@ -87,7 +87,7 @@ async def join_audio(
             return await join_audio(rows, "audio/episode-1.mp3", gap_seconds=0.4)
         ```
     """
-    folder, name = _split(os.fspath(to))
+    folder, name = folder_and_name(os.fspath(to))
     stem, _, extension = name.rpartition(".")
     named = EXTENSIONS.get(extension.lower()) if stem else None
     asked = EXTENSIONS.get(container.lower(), container) if container else named
@@ -143,13 +143,14 @@ def _with_login_of(to: str, location: str) -> str:
     return location.replace(shown, server, 1) if shown != server and location.startswith(f"{shown}/") else location
 
 
-def _split(location: str) -> tuple[str, str]:
+def folder_and_name(location: str) -> tuple[str, str]:
+    """Give the folder of a path or URL, and the name of the file in it, empty where there is none."""
     folder, name = location.rsplit("/", 1) if "://" in location else os.path.split(location)
     return folder or os.curdir, name
 
 
 async def _fetch(location: str, into: Path) -> Path:
-    folder, name = _split(location)
+    folder, name = folder_and_name(location)
     place = Destination(folder)
     try:
         return await place.run(place.fetch, name, into)

@@ -39,6 +39,7 @@ from prefect_nanogpt.tasks import (
     status,
     submit,
     submit_tts,
+    write_subtitles,
 )
 
 # A shell that starts the tests in the background leaves Ctrl-C ignored, and a worker stops through it.
@@ -101,7 +102,16 @@ def quick() -> PollSchedule:
 @pytest.fixture(autouse=True)
 def no_retry_delays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefect's retries are real, the pauses between them are not: they add up to minutes."""
-    for task in (get_balance, get_tts_status, join_audio, list_models, list_voices, save_audio, submit_tts):
+    for task in (
+        get_balance,
+        get_tts_status,
+        join_audio,
+        list_models,
+        list_voices,
+        save_audio,
+        submit_tts,
+        write_subtitles,
+    ):
         monkeypatch.setattr(task, "retry_delay_seconds", [0.01])
     for module in (status, audio, submit):  # what calls that are no tasks go by
         monkeypatch.setattr(module, "RETRY_DELAYS_SECONDS", [0.01] * len(module.RETRY_DELAYS_SECONDS))

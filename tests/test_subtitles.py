@@ -1,17 +1,35 @@
 """Subtitles: all that is said, once and in order, in lines that can be read, for as long as it is heard."""
 
+import json
 import random
 import re
+import shutil
+import subprocess
 import time
 import unicodedata
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
 import regex
+from imageio_ffmpeg import get_ffmpeg_exe
+from prefect import flow
 
-from prefect_nanogpt.errors import NanoGPTError
+from prefect_nanogpt import NanoGPTCredentials
+from prefect_nanogpt.errors import NanoGPTError, StorageError
+from prefect_nanogpt.flows import text_to_speech_batch
+from prefect_nanogpt.lines import ManifestRow
+from prefect_nanogpt.models import AudioFile, PollSchedule
 from prefect_nanogpt.subtitles import Cue, cues, srt, subtitles, vtt
+from prefect_nanogpt.tasks import join_audio, write_subtitles
+from tests.conftest import files_in
+from tests.s3_server import S3Server, s3, s3_env
+from tests.sounds import DECODED_RATE, decoded
+
+__all__ = ["s3", "s3_env"]
 
 TEXTS = {
     "en": 'Dr. Watson, who had been silent for a while, looked up from his newspaper and said: "I can\'t believe it!" '
@@ -266,3 +284,204 @@ class TestFiles:
                 line[1:-1] for line in written.splitlines() if line[:1] == "\u202b" and line[-1] == "\u202c"
             ] == lines
         assert "\u202b" not in srt(cues([("The word שלום.", 2.0)]))
+
+
+def row(number: int, text: str = "Some words.", seconds: float | None = 1.5, **told: Any) -> ManifestRow:
+    place = {"location": f"/audio/{number}.mp3"}
+    return ManifestRow(
+        **{
+            "id": f"{number}",
+            "text": text,
+            "outcome": "completed",
+            "job": "0",
+            "duration_seconds": seconds,
+            **place,
+            **told,
+        }
+    )
+
+
+def audio_of(seconds: float) -> AudioFile:
+    return AudioFile(
+        location="/a.mp3",
+        container="mp3",
+        content_type="audio/mpeg",
+        size_bytes=9,
+        sha256="0",
+        duration_seconds=seconds,
+    )
+
+
+class TestTheTask:
+    async def test_rows_of_a_batch_are_shown_one_after_another(self, tmp_path: Path) -> None:
+        place = await write_subtitles([row(1, "One."), row(2, "Two.", 2.0)], tmp_path / "new" / "Episode 1.srt", 0.5)
+        assert place == str(tmp_path / "new" / "Episode 1.srt")
+        assert Path(place).read_text() == srt([Cue(0, 1500, ("One.",)), Cue(2000, 4000, ("Two.",))])
+        assert files_in(tmp_path / "new") == [Path(place)]
+
+    async def test_texts_come_with_their_audio(self, tmp_path: Path) -> None:
+        place = await write_subtitles([("One.", audio_of(1.0)), ("Two.", audio_of(2.0))], f"{tmp_path}/whole.VTT")
+        assert Path(place).read_text() == vtt([Cue(0, 1000, ("One.",)), Cue(1000, 3000, ("Two.",))])
+
+    async def test_the_joined_audio_tells_what_encoders_have_added(self, tmp_path: Path) -> None:
+        parts = [row(1, "One.", 1.0), row(2, "Two.", 1.0)]
+        place = await write_subtitles(parts, tmp_path / "whole.srt", audio=audio_of(2.1))
+        assert Path(place).read_text() == srt([Cue(0, 1050, ("One.",)), Cue(1050, 2100, ("Two.",))])
+
+    async def test_a_file_of_that_name_is_replaced(self, tmp_path: Path) -> None:
+        for text in ("One.", "Two."):
+            await write_subtitles([row(1, text)], tmp_path / "whole.srt")
+        assert [path.read_text() for path in files_in(tmp_path)] == [srt([Cue(0, 1500, ("Two.",))])]
+
+    async def test_they_go_to_any_file_system(self) -> None:
+        assert await write_subtitles([row(1)], "memory://shows/whole.srt") == "memory:///shows/whole.srt"
+        assert b"Some words." in fsspec.filesystem("memory").cat_file("/shows/whole.srt")
+
+    async def test_they_go_to_a_bucket_as_what_they_are(self, s3_env: S3Server) -> None:
+        for kind, content_type in (("srt", "application/x-subrip"), ("vtt", "text/vtt")):
+            place = await write_subtitles([row(1)], f"s3://speech/episodes/whole.{kind}")
+            assert place == f"s3://speech/episodes/whole.{kind}"
+            assert b"Some words." in s3_env.objects()[f"episodes/whole.{kind}"]
+            assert s3_env.content_type(f"episodes/whole.{kind}") == content_type
+
+    @pytest.mark.parametrize(
+        ("parts", "to", "says"),
+        [
+            ([], "a.srt", "INVALID_REQUEST: There is nothing to show"),
+            (
+                [row(1), row(2, location=None, outcome="TTS_FAILED")],
+                "a.srt",
+                "INVALID_REQUEST: There is no audio .* at place 2",
+            ),
+            ([row(1), audio_of(1.0)], "a.srt", "INVALID_REQUEST: There is no audio with its text at place 2"),
+            ([row(1), row(2, text="")], "a.srt", "INVALID_REQUEST: There is no text at place 2"),
+            ([row(1)], "a.mp3", r"INVALID_REQUEST: `to` does not end with \.srt or \.vtt"),
+            ([row(1)], ".srt", "INVALID_REQUEST: `to`"),
+            ([row(1)], "a/", "INVALID_REQUEST: `to`"),
+            ([row(1), row(2, "Two.", None)], "a.srt", r"SUBTITLES_IMPOSSIBLE: .*part 2 \('Two\.'\)"),
+        ],
+    )
+    async def test_what_cannot_be_is_explained(self, parts: Any, to: str, says: str, tmp_path: Path) -> None:
+        with pytest.raises(NanoGPTError, match=says):
+            await write_subtitles(parts, f"{tmp_path}/{to}")
+        with pytest.raises(NanoGPTError, match="INVALID_REQUEST: gap_seconds=-1"):
+            await write_subtitles([row(1)], tmp_path / "a.srt", gap_seconds=-1)
+        assert files_in(tmp_path) == []
+
+    async def test_a_place_that_cannot_be_written_is_explained(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        with pytest.raises(StorageError, match="STORAGE_FAILED"):
+            await write_subtitles([row(1)], tmp_path / "file" / "a.srt")
+
+
+LINES = [
+    {"id": "hello", "text": TEXTS["en"]},
+    {"id": "hallo", "text": TEXTS["de"]},
+    {"id": "marhaban", "text": TEXTS["ar"]},
+    {"id": "konnichiwa", "text": "吾輩は猫である。名前はまだ無い。"},
+]
+
+
+@pytest.mark.skipif(not (shutil.which("ffmpeg") and shutil.which("ffprobe")), reason="no ffmpeg on this machine")
+class TestInAVideo:
+    @pytest.mark.parametrize(
+        ("kind", "video", "codec", "gap_seconds"),
+        [("srt", "mkv", "srt", 0.6), ("vtt", "webm", "webvtt", 0.6), ("srt", "mp4", "mov_text", 0.0)],
+    )
+    async def test_an_episode_is_shown_as_it_is_heard(
+        self,
+        kind: str,
+        video: str,
+        codec: str,
+        gap_seconds: float,
+        credentials: NanoGPTCredentials,
+        quick: PollSchedule,
+        tmp_path: Path,
+    ) -> None:
+        @flow
+        async def episode() -> tuple[list[ManifestRow], AudioFile, str]:
+            rows = await text_to_speech_batch(LINES, save_to=tmp_path / "lines", credentials=credentials, poll=quick)
+            audio = await join_audio(rows, tmp_path / "episode.mp3", gap_seconds)
+            return rows, audio, await write_subtitles(rows, tmp_path / f"episode.{kind}", gap_seconds, audio)
+
+        rows, audio, written = await episode()
+        film = filmed(Path(audio.location), Path(written), tmp_path / f"film.{video}", codec)
+        seen = cues_in(film)
+        assert "".join(without_space(text) for *_, text in seen) == without_space(
+            "".join(line["text"] for line in LINES)
+        )
+        assert seen[-1][1] == pytest.approx(seconds_of(film, "a:0"), abs=0.1)
+        start = 0.0
+        edges = []
+        for line in rows:
+            edges += [start, start + (line.duration_seconds or 0)]
+            start = edges[-1] + gap_seconds
+        for edge in edges:
+            assert min(abs(edge - time) for cue in seen for time in cue[:2]) < 0.1
+        if gap_seconds:
+            heard = silences(Path(audio.location))
+            shown = [(before[1], after[0]) for before, after in pairwise(seen) if after[0] - before[1] > 0.1]
+            assert shown == [pytest.approx(silence, abs=0.1) for silence in heard]
+
+
+async def test_many_pieces_that_are_joined_without_silence_are_shown_when_they_are_heard(tmp_path: Path) -> None:
+    pieces = []
+    for number in range(30):
+        seconds = 1 + number * 7 % 10 / 13
+        sound = f"aevalsrc='if(lt(t,0.4),0,0.5*sin(2*PI*440*t))':d={seconds}:s=24000"
+        piece = tmp_path / f"{number}.mp3"
+        command = [get_ffmpeg_exe(), "-loglevel", "error", "-f", "lavfi", "-i", sound, "-b:a", "64k", str(piece)]
+        subprocess.run(command, check=True)
+        pieces.append(("Some words.", await join_audio([piece], tmp_path / "alone" / f"{number}.mp3")))
+    whole = await join_audio([audio for _, audio in pieces], tmp_path / "whole.mp3")
+    seen = cues_of(Path(await write_subtitles(pieces, tmp_path / "whole.vtt", audio=whole)).read_text())
+    assert [start for start, *_ in seen[1:]] == [
+        pytest.approx(silence[0], abs=0.1) for silence in silences(Path(whole.location)) if silence[0] > 0
+    ]
+
+
+def filmed(audio: Path, subtitles: Path, film: Path, codec: str) -> Path:
+    """Make a video of audio and its subtitles."""
+    sources = ["-f", "lavfi", "-i", "color=size=64x36:rate=5", "-i", str(audio), "-i", str(subtitles)]
+    sound = ["-c:a", "libopus"] if film.suffix == ".webm" else ["-c:a", "aac"]
+    image = ["-c:v", "libvpx"] if film.suffix == ".webm" else ["-c:v", "mpeg4"]
+    length = ["-t", f"{seconds_of(audio, 'a:0')}"]
+    command = ["ffmpeg", "-loglevel", "error", *sources, *image, *sound, "-c:s", codec, *length, str(film)]
+    done = subprocess.run(command, capture_output=True, check=False, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    return film
+
+
+def seconds_of(path: Path, stream: str) -> float:
+    """Tell until when a stream plays, by its last packet."""
+    command = ["ffprobe", "-loglevel", "error", "-select_streams", stream, "-show_packets", "-of", "json", str(path)]
+    packets = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["packets"]
+    return max(float(packet["pts_time"]) + float(packet.get("duration_time", 0)) for packet in packets)
+
+
+def cues_in(film: Path) -> list[tuple[float, float, str]]:
+    """Take the subtitles out of a video: when each begins and ends, in seconds, and its text without marks."""
+    command = ["ffmpeg", "-loglevel", "error", "-i", str(film), "-map", "0:s:0", "-f", "webvtt", "-"]
+    return cues_of(subprocess.run(command, capture_output=True, check=True).stdout.decode())
+
+
+def cues_of(written: str) -> list[tuple[float, float, str]]:
+    """Read WebVTT."""
+    found = []
+    for block in written.strip().split("\n\n")[1:]:
+        timing, *lines = block.splitlines()
+        start, end = (
+            sum(float(part) * 60**power for power, part in enumerate(reversed(clock.split(":"))))
+            for clock in timing.split(" --> ")
+        )
+        found.append((start, end, re.sub("[\u202b\u202c\u2060]", "", " ".join(lines))))
+    return found
+
+
+def silences(path: Path) -> list[tuple[float, float]]:
+    """Find where nothing is heard for at least 0.3 s."""
+    samples = memoryview(decoded(path.read_bytes())).cast("h")
+    step = DECODED_RATE // 100
+    is_loud = [max(map(abs, samples[at : at + step])) > 300 for at in range(0, len(samples), step)]
+    runs = re.finditer("0{30,}", "".join("01"[loud] for loud in is_loud).rstrip("0"))
+    return [(run.start() / 100, run.end() / 100) for run in runs]

@@ -90,6 +90,7 @@ PUBLIC_URL: Final = "NANOGPT_PUBLIC_URL"
 PUBLIC_URL_FIELDS: Final = frozenset({"path", "bucket", "name"})
 LONGEST_SIGNATURE: Final = timedelta(days=7)
 """What S3 and Google allow."""
+_OTHER_TYPES: Final = {"jsonl": "application/jsonl", "srt": "application/x-subrip", "vtt": "text/vtt"}
 _AUDIO_NAME: Final = re.compile(rf"\.({'|'.join(EXTENSIONS)})$", re.IGNORECASE)
 
 
@@ -899,7 +900,8 @@ class Destination:
     def _content_type(self, name: str) -> dict[str, Any]:
         """Name the MIME type as the driver wants it; drivers guess from the temporary name, which says nothing."""
         option = {"s3": "ContentType", "gs": "content_type"}
-        content_type = CONTENT_TYPES.get(EXTENSIONS.get(name.rpartition(".")[2], ""), "application/jsonl")
+        extension = name.rpartition(".")[2].lower()
+        content_type = CONTENT_TYPES.get(EXTENSIONS.get(extension, "")) or _OTHER_TYPES.get(extension, "text/plain")
         if "abfs" in self._protocols:
             from azure.storage.blob import ContentSettings
 

@@ -32,6 +32,7 @@ __all__ = [
     "text_to_speech",
     "text_to_speech_batch",
     "wait_for_tts",
+    "write_subtitles",
 ]
 
 P = ParamSpec("P")
@@ -113,3 +114,4 @@ list_models = _blocking("list_models", tasks.list_models)
 list_voices = _blocking("list_voices", tasks.list_voices)
 get_balance = _blocking("get_balance", tasks.get_balance)
 read_ledger = _blocking("read_ledger", tasks.read_ledger)
+write_subtitles = _blocking("write_subtitles", tasks.write_subtitles)

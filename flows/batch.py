@@ -39,6 +39,7 @@ from prefect_nanogpt.flows.forms import (
     Resubmitted,
     SaveTo,
     Schedule,
+    Subtitles,
     Take,
     TimeoutSeconds,
     has_form,
@@ -70,10 +71,12 @@ from prefect_nanogpt.models import (
 )
 from prefect_nanogpt.report import Artifact, escaped, link, links_to, only_to_look_at, to_hear_and_keep
 from prefect_nanogpt.storage import Links, absolute, kept_name
+from prefect_nanogpt.subtitles import SubtitleFormat
 from prefect_nanogpt.tasks.catalogue import check_names
 from prefect_nanogpt.tasks.ledgers import open_ledger
 from prefect_nanogpt.tasks.retries import is_worth_another_try
 from prefect_nanogpt.tasks.say import PlainSteps, say_in_one_task
+from prefect_nanogpt.tasks.subtitles import can_write_subtitles, write_beside
 
 __all__ = ["text_to_speech_batch"]
 
@@ -128,6 +131,7 @@ async def text_to_speech_batch(
     resubmit: Resubmitted = (),
     strict: Annotated[bool, titled("Only known models and voices")] = False,
     allow_partial: Annotated[bool, titled("Allow lines without audio")] = False,
+    subtitles: Subtitles = None,
     artifact_key: ArtifactKey = "tts-batch",
     shards: Annotated[int, titled("Shards"), Field(ge=1, le=100)] = 1,
     shard_deployment: Annotated[str | None, titled("Deployment of the shards")] = None,
@@ -163,6 +167,8 @@ async def text_to_speech_batch(
             them. Where the catalogue cannot be read, the run goes on and says so.
         allow_partial: Whether a run some of whose lines have no audio after its last attempt is completed all the same,
             and returns its rows. One that a refused key, an empty balance or a limit has stopped is not.
+        subtitles: Write subtitles beside the audio of each line, under its name: `srt`, or `vtt` for WebVTT. The time
+            of a line is shared out by characters.
         artifact_key: The key of the table of lines; lower-case letters, digits and dashes.
         shards: In how many runs of the deployment to do it, on as many workers as there are. Each has its share of
             `max_in_flight`, `requests_per_second` and `max_cost`.
@@ -177,7 +183,8 @@ async def text_to_speech_batch(
         BatchPartial: Some lines have no audio, and `allow_partial` is not set; the state is named `TTS_BATCH_PARTIAL`,
             and `rows` tells of each line.
         NanoGPTError: The lines are not in order (code `INVALID_LINES`, with all the problems) or cannot be read; or,
-            with `strict`, the catalogue does not have a model or a voice (code `NOT_IN_CATALOGUE`).
+            with `strict`, the catalogue does not have a model or a voice (code `NOT_IN_CATALOGUE`); or all lines have
+            audio and some have no subtitles (code `SUBTITLES_MISSING`).
         ProviderError: `max_cost` does not allow it.
         StorageError: `save_to` cannot be used.
         CredentialsError: There is no usable API key.
@@ -200,6 +207,8 @@ async def text_to_speech_batch(
     keep_result()
     save_to = absolute(save_to)
     try:
+        if subtitles is not None:
+            can_write_subtitles()
         defaults = {"model": model, "voice": voice, **_options(options)}
         wanted = await asyncio.to_thread(read_lines, lines, defaults, take)
         if shard is not None:
@@ -222,11 +231,14 @@ async def text_to_speech_batch(
                 else:
                     await batch.run(PlainSteps(terms, client, budget), max_in_flight)
         rows = await batch.finish()
+        missing = await batch.write_subtitles(subtitles)
         if all(row.is_completed for row in rows):
+            if missing is not None:
+                raise missing
             return rows
         error = batch.refusal or batch.partial(rows)
         end = await failed(error, final=not batch.may_go_better)
-        if allow_partial and batch.stopped_by is None:
+        if allow_partial and batch.stopped_by is None and missing is None:
             run_logger().warning(error.message)
             return cast(list[ManifestRow], await completed(rows, error.message))
         return cast(list[ManifestRow], end)
@@ -492,6 +504,33 @@ class _Batch:
             await self._ledger.run(self._manifest.write, self.lines, self._rows)
         await self._show()
         return self._told()
+
+    async def write_subtitles(self, kind: SubtitleFormat | None) -> NanoGPTError | None:
+        """Write subtitles beside the audio of each line that has some, if any are wanted; give what went wrong."""
+        if kind is None:
+            return None
+        place = self._ledger.destination
+        there = await place.run(place.list_files)
+        failures: list[NanoGPTError] = []
+
+        async def write(line: Line, row: ManifestRow) -> None:
+            parts, language = [(line.request.text, row.duration_seconds)], line.request.language
+            try:
+                await write_beside(place, row.file_name, kind, parts, language=language, there=there)
+            except NanoGPTError as error:
+                run_logger().warning("Line %s has audio and no subtitles: %s", line.id, error)
+                failures.append(error)
+
+        rows = [(line, self._rows[line.id]) for line in self.lines if line.id in self._rows]
+        await asyncio.gather(*(write(line, row) for line, row in rows if row.is_completed))
+        if not failures:
+            return None
+        return NanoGPTError(
+            f"{len(failures)} lines have audio and no subtitles, the first one because of {failures[0]} Run the batch "
+            "again with the same save_to to write them; nothing is paid for again.",
+            code="SUBTITLES_MISSING",
+            retryable=any(error.retryable for error in failures),
+        )
 
     def _told(self) -> list[ManifestRow]:
         return costs_once(self._rows[line.id] for line in self.lines if line.id in self._rows)

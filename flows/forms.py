@@ -25,6 +25,7 @@ from pydantic.json_schema import NoDefault
 from prefect_nanogpt.credentials import ADVANCED, KEY_IN_CLEAR, NanoGPTCredentials, has_key_in_clear, without_key
 from prefect_nanogpt.lines import is_content, usable
 from prefect_nanogpt.models import LARGEST_TAKE, Money, PollSchedule, Ticket
+from prefect_nanogpt.subtitles import SubtitleFormat
 from prefect_nanogpt.tables import read_pasted
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "Resubmitted",
     "SaveTo",
     "Schedule",
+    "Subtitles",
     "Take",
     "TimeoutSeconds",
     "has_form",
@@ -107,6 +109,7 @@ CostLimit = Annotated[Decimal | float | str | None, _read_as(Money | None), titl
 PaidTicket = Annotated[Ticket | Mapping[str, Any] | str, _read_as(Ticket), titled("Ticket")]
 Take = Annotated[int, titled("Take", ge=1, le=LARGEST_TAKE)]
 Resubmitted = Annotated[Sequence[Literal["uncertain", "lost", "refused"]], titled("Resubmit")]
+Subtitles = Annotated[SubtitleFormat | None, titled("Subtitles")]
 ArtifactKey = Annotated[str, titled("Artifact key", pattern=r"^[a-z0-9-]+$")]
 
 

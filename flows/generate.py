@@ -30,6 +30,7 @@ from prefect_nanogpt.flows.forms import (
     Resubmitted,
     SaveTo,
     Schedule,
+    Subtitles,
     Take,
     TimeoutSeconds,
     has_form,
@@ -50,10 +51,12 @@ from prefect_nanogpt.models import (
 )
 from prefect_nanogpt.report import Report
 from prefect_nanogpt.storage import absolute
+from prefect_nanogpt.subtitles import SubtitleFormat
 from prefect_nanogpt.tasks.catalogue import check_names
 from prefect_nanogpt.tasks.ledgers import open_ledger
-from prefect_nanogpt.tasks.parts import longest_part, say_in_parts
+from prefect_nanogpt.tasks.parts import longest_part, say_in_parts, timed_parts
 from prefect_nanogpt.tasks.say import TaskSteps
+from prefect_nanogpt.tasks.subtitles import can_write_subtitles, write_beside
 
 __all__ = ["text_to_speech"]
 
@@ -93,6 +96,7 @@ async def text_to_speech(
     max_chars: Annotated[int | None, titled("Longest part, in characters", ge=LEAST_PART)] = None,
     strict: Annotated[bool, titled("Only known models and voices")] = False,
     name: FileName = None,
+    subtitles: Subtitles = None,
     artifact_key: ArtifactKey = "tts-audio",
 ) -> AudioFile:
     """Say a text: submit it, wait for the job, save the audio.
@@ -123,6 +127,8 @@ async def text_to_speech(
         strict: Whether to refuse a model or voice that the provider's catalogue does not have, instead of warning of
             it. Where the catalogue cannot be read, the run goes on and says so.
         name: What to call the file, without extension; None for the provider's run id.
+        subtitles: Write subtitles beside the audio, under its name: `srt`, or `vtt` for WebVTT. Where a text is said in
+            parts, each is shown when it is heard; inside of a part the time is shared out by characters.
         artifact_key: The key of the report; lower-case letters, digits and dashes.
 
     Returns:
@@ -135,7 +141,8 @@ async def text_to_speech(
         TTSTimeout: The job was still under way at the deadline. Another attempt waits on.
         ProviderError: The provider accepted nothing, or could not be asked; or `max_cost` does not allow it.
         AudioError: The audio could not be fetched, or is not audio.
-        StorageError: The audio cannot be written to `save_to`.
+        StorageError: The audio, or its subtitles, cannot be written to `save_to`.
+        NanoGPTError: The audio is saved, and there can be no subtitles of it (code `SUBTITLES_IMPOSSIBLE`).
         CredentialsError: There is no usable API key.
 
     Example:
@@ -156,6 +163,8 @@ async def text_to_speech(
         named = {"voice": voice, "speed": speed, "response_format": response_format}
         named = {name: value for name, value in named.items() if value is not None}
         request = _request(options, {**named, "text": text, "model": model})
+        if subtitles is not None:
+            can_write_subtitles()
         async with reporting_interruption(report, save_to):
             ledger, provider = await open_ledger(save_to, credentials)
             job = Job(provider, request, take, name)
@@ -174,10 +183,32 @@ async def text_to_speech(
                         said = await say(job, terms, TaskSteps(terms, credentials, report, cost_limit))
             run_logger().info("The audio is at %s.", said.audio.location)
             await report.finished(said, ledger.destination)
-            return said.audio
     except NanoGPTError as error:
         await report.failed(error)
         return cast(AudioFile, await failed(error, final=not may_go_better(error)))
+    try:
+        if subtitles is not None:
+            await _write_subtitles(job, ledger, said.audio, subtitles)
+        return said.audio
+    except NanoGPTError as error:
+        error.message += f" The audio is saved: {said.audio.location}"
+        return cast(AudioFile, await failed(error, final=not error.retryable))
+
+
+async def _write_subtitles(job: Job, ledger: Ledger, audio: AudioFile, kind: SubtitleFormat) -> None:
+    """Write subtitles of a text beside its audio, timed by its parts where it has any and their lengths are known.
+
+    Another limit may have split it after the one that is noted, and then the time is shared out over all of it.
+    """
+    assert job.request is not None
+    parts = await ledger.run(timed_parts, job, ledger)
+    total_seconds = audio.duration_seconds
+    if total_seconds is None or not parts or any(seconds is None for _, seconds in parts):
+        parts = [(job.request.text, total_seconds)]
+    place, file_name = ledger.destination, audio.location.rpartition("/")[2]
+    language = job.request.language
+    name = await write_beside(place, file_name, kind, parts, total_seconds=total_seconds, language=language)
+    run_logger().info("The subtitles are at %s.", place.location_of(name))
 
 
 def _request(options: Options, fields: dict[str, Any]) -> TTSRequest:

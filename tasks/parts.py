@@ -21,7 +21,7 @@ from prefect_nanogpt.report import Report, only_to_look_at
 from prefect_nanogpt.tasks.join import bytes_of
 from prefect_nanogpt.tasks.say import PlainSteps, say_in_one_task
 
-__all__ = ["longest_part", "parts_of", "plan_of", "say_in_parts"]
+__all__ = ["longest_part", "parts_of", "plan_of", "say_in_parts", "timed_parts"]
 
 EVERY_MODEL_TAKES: Final = 500
 """In characters. The least that the provider's catalogue was seen to name is 512."""
@@ -159,6 +159,18 @@ async def say_in_parts(
     audio = await _join([done[part.id] for part in parts], job, terms)
     report.paid = None
     return Said(audio)
+
+
+def timed_parts(job: Job, ledger: Ledger) -> list[tuple[str, float | None]]:
+    """Give the texts of the parts of a job, and how long each plays, in seconds, as noted; none where it is whole."""
+    if (plan := ledger.plan(job.id)) is None:
+        return []
+    entries = ledger.entries()
+    return [
+        (part.request.text, ledger.seconds(entries.get(part.id) or Entry(part.id)))
+        for part in parts_of(job, plan)
+        if part.request is not None
+    ]
 
 
 async def _join(parts: Sequence[AudioFile], job: Job, terms: Terms) -> AudioFile:

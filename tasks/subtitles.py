@@ -1,8 +1,8 @@
-"""Subtitles of audio that is there, as a task."""
+"""Subtitles of audio that is there: as a task, and beside the audio of a flow."""
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, cast, get_args
 
@@ -15,11 +15,11 @@ from prefect_nanogpt.lines import ManifestRow
 from prefect_nanogpt.models import AudioFile
 from prefect_nanogpt.storage import Destination
 from prefect_nanogpt.subtitles import SubtitleFormat, cues, subtitles
-from prefect_nanogpt.tasks.audio import RETRY_DELAYS_SECONDS
+from prefect_nanogpt.tasks import audio as saving
 from prefect_nanogpt.tasks.join import LONGEST_GAP_SECONDS, folder_and_name
-from prefect_nanogpt.tasks.retries import JITTER, may_help
+from prefect_nanogpt.tasks.retries import JITTER, may_help, with_retries
 
-__all__ = ["write_subtitles"]
+__all__ = ["can_write_subtitles", "write_beside", "write_subtitles"]
 
 
 def run_name() -> str:
@@ -31,8 +31,8 @@ def run_name() -> str:
     name="write-subtitles",
     task_run_name=run_name,
     description="Write subtitles of audio.",
-    retries=len(RETRY_DELAYS_SECONDS),
-    retry_delay_seconds=RETRY_DELAYS_SECONDS,
+    retries=len(saving.RETRY_DELAYS_SECONDS),
+    retry_delay_seconds=saving.RETRY_DELAYS_SECONDS,
     retry_jitter_factor=JITTER,
     retry_condition_fn=may_help,
     cache_policy=NO_CACHE,
@@ -84,13 +84,60 @@ async def write_subtitles(
     timed = [_timed(part) for part in parts]
     if problem := _problem_in(timed, stem, extension.lower(), gap_seconds):
         raise NanoGPTError(problem, code="INVALID_REQUEST")
-    require_extra("long", "To write subtitles")
+    can_write_subtitles()
     kind = cast(SubtitleFormat, extension.lower())
     total_seconds = audio.duration_seconds if audio is not None else None
     made = await asyncio.to_thread(cues, [part for part in timed if part], gap_seconds, total_seconds)
     place = Destination(folder)
     await place.run(place.write, name, subtitles(made, kind))
     return place.location_of(name)
+
+
+def can_write_subtitles() -> None:
+    """Make sure, before anything is paid for, that what makes subtitles is installed.
+
+    Raises:
+        NanoGPTError: It is not (code `EXTRA_MISSING`).
+    """
+    require_extra("long", "To write subtitles")
+
+
+async def write_beside(
+    place: Destination,
+    audio_name: str,
+    kind: SubtitleFormat,
+    parts: Sequence[tuple[str, float | None]],
+    *,
+    total_seconds: float | None = None,
+    language: str | None = None,
+    there: Mapping[str, int] | None = None,
+) -> str:
+    """Write subtitles under the name of the audio, unless they are there.
+
+    Args:
+        place: The folder.
+        audio_name: The name of the audio's file.
+        kind: Their format.
+        parts: The text of each part, and how long it plays, in seconds.
+        total_seconds: How long the audio plays, in seconds, where it has several parts.
+        language: The language of the text, where it is known.
+        there: The files in the folder and their sizes in bytes, where they were listed.
+
+    Returns:
+        The name of their file.
+
+    Raises:
+        NanoGPTError: They cannot be made (code `SUBTITLES_IMPOSSIBLE`) or written.
+    """
+    made = await asyncio.to_thread(cues, parts, total_seconds=total_seconds, language=language)
+    name, content = f"{audio_name.rpartition('.')[0]}.{kind}", subtitles(made, kind)
+
+    def write() -> None:
+        if (there or {}).get(name) != len(content) or place.read(name) != content:
+            place.write(name, content)
+
+    await with_retries(lambda: place.run(write), saving.RETRY_DELAYS_SECONDS)
+    return name
 
 
 def _timed(part: Any) -> tuple[str, float | None] | None:

@@ -1,10 +1,12 @@
 """Subtitles: all that is said, once and in order, in lines that can be read, for as long as it is heard."""
 
 import json
+import os
 import random
 import re
 import shutil
 import subprocess
+import sys
 import time
 import unicodedata
 from collections.abc import Sequence
@@ -17,15 +19,19 @@ import pytest
 import regex
 from imageio_ffmpeg import get_ffmpeg_exe
 from prefect import flow
+from prefect.settings import PREFECT_API_URL
 
-from prefect_nanogpt import NanoGPTCredentials
+from prefect_nanogpt import NanoGPTCredentials, storage
+from prefect_nanogpt.audio import inspect
 from prefect_nanogpt.errors import NanoGPTError, StorageError
-from prefect_nanogpt.flows import text_to_speech_batch
+from prefect_nanogpt.flows import text_to_speech, text_to_speech_batch
 from prefect_nanogpt.lines import ManifestRow
 from prefect_nanogpt.models import AudioFile, PollSchedule
-from prefect_nanogpt.subtitles import Cue, cues, srt, subtitles, vtt
+from prefect_nanogpt.sandbox import Answer, Sandbox
+from prefect_nanogpt.storage import Destination
+from prefect_nanogpt.subtitles import Cue, SubtitleFormat, cues, srt, subtitles, vtt
 from prefect_nanogpt.tasks import join_audio, write_subtitles
-from tests.conftest import files_in
+from tests.conftest import API_KEY, files_in
 from tests.s3_server import S3Server, s3, s3_env
 from tests.sounds import DECODED_RATE, decoded
 
@@ -372,6 +378,160 @@ class TestTheTask:
         (tmp_path / "file").touch()
         with pytest.raises(StorageError, match="STORAGE_FAILED"):
             await write_subtitles([row(1)], tmp_path / "file" / "a.srt")
+
+
+@pytest.fixture
+def terms(credentials: NanoGPTCredentials, save_to: str, quick: PollSchedule) -> dict[str, Any]:
+    return {"credentials": credentials, "save_to": save_to, "poll": quick}
+
+
+def no_place_for(monkeypatch: pytest.MonkeyPatch, *extensions: str, retryable: bool = False) -> None:
+    """Let no file with such a name be written."""
+    write = Destination.write
+
+    def refuse(place: Destination, name: str, content: bytes) -> None:
+        if name.endswith(extensions):
+            raise StorageError("The disk is full.", retryable=retryable)
+        write(place, name, content)
+
+    monkeypatch.setattr(Destination, "write", refuse)
+
+
+class TestOfAText:
+    @pytest.mark.parametrize("kind", ["srt", "vtt"])
+    async def test_they_are_beside_the_audio(
+        self, kind: SubtitleFormat, terms: dict[str, Any], sandbox: Sandbox, save_to: str
+    ) -> None:
+        audio = await text_to_speech(TEXTS["ar"], **terms, subtitles=kind, name="مرحبا")
+        written = Path(audio.location).with_suffix(f".{kind}")
+        made = cues([(TEXTS["ar"], audio.duration_seconds)])
+        assert written.read_bytes() == subtitles(made, kind)
+        assert files_in(save_to) == sorted([Path(audio.location), written])
+
+    async def test_they_are_made_of_audio_that_is_there_without_a_request(
+        self, terms: dict[str, Any], sandbox: Sandbox
+    ) -> None:
+        first = await text_to_speech(TEXTS["en"], **terms)
+        asked = len(sandbox.requests())
+        again = await text_to_speech(TEXTS["en"], **terms, subtitles="srt")
+        assert again.location == first.location
+        assert len(sandbox.requests()) == asked
+        assert Path(first.location).with_suffix(".srt").read_text() == srt(
+            cues([(TEXTS["en"], first.duration_seconds)])
+        )
+
+    async def test_each_part_of_a_long_text_is_shown_when_it_is_heard(
+        self, terms: dict[str, Any], sandbox: Sandbox
+    ) -> None:
+        texts = [TEXTS["en"], TEXTS["de"], f"{TEXTS['ar']} {TEXTS['ja']}"]
+        audio = await text_to_speech("\n\n".join(texts), **terms, subtitles="vtt", max_chars=260, name="whole")
+        assert sorted(request.json["text"] for request in sandbox.requests("submit")) == sorted(texts)
+        seen = cues_of(Path(audio.location).with_suffix(".vtt").read_text())
+        runs = {charge.text_length: charge.run_id for charge in sandbox.ledger.charges}
+        start = 0.0
+        for text in texts:
+            [index] = [number for number, cue in enumerate(seen) if abs(cue[0] - start) < 0.1]
+            assert without_space(text).startswith(without_space(seen[index][2]))
+            start += len(decoded(sandbox.audio_bytes(runs[len(text)]))) / 2 / DECODED_RATE
+        assert seen[-1][1] == pytest.approx(audio.duration_seconds, abs=0.001)
+
+    async def test_a_text_that_was_split_in_another_way_before_is_still_shown(
+        self, terms: dict[str, Any], sandbox: Sandbox
+    ) -> None:
+        sandbox.on_submit([Answer(400, {"error": {"message": "No.", "code": "INVALID_VOICE"}})] * 2)
+        text = "The first part of it. The second part of it."
+        assert (await text_to_speech(text, **terms, max_chars=30, return_state=True)).is_failed()
+        audio = await text_to_speech(text, **terms, max_chars=20, subtitles="srt")
+        assert Path(audio.location).with_suffix(".srt").read_text().count("part of it.") == 2
+
+    @pytest.mark.parametrize("retryable", [False, True])
+    async def test_a_failure_to_write_them_loses_nothing_and_another_run_pays_nothing(
+        self, retryable: bool, terms: dict[str, Any], sandbox: Sandbox, save_to: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context() as patched:
+            no_place_for(patched, ".srt", retryable=retryable)
+            state = await text_to_speech(TEXTS["en"], **terms, subtitles="srt", name="news", return_state=True)
+        assert (state.name, str(Path(save_to, "news.mp3")) in (state.message or "")) == ("STORAGE_FAILED", True)
+        assert files_in(save_to) == [Path(save_to, "news.mp3")]
+        audio = await text_to_speech(TEXTS["en"], **terms, subtitles="srt", name="news")
+        assert files_in(save_to) == [Path(audio.location), Path(save_to, "news.srt")]
+        assert len(sandbox.ledger.charges) == 1
+
+    async def test_audio_of_unknown_length_is_kept_and_has_none(
+        self, terms: dict[str, Any], save_to: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(storage, "inspect", lambda path: inspect(path)._replace(duration_seconds=None))
+        state = await text_to_speech(TEXTS["en"], **terms, subtitles="srt", name="news", return_state=True)
+        assert state.name == "SUBTITLES_IMPOSSIBLE"
+        assert "part 1 ('Dr. Watson" in (state.message or "")
+        assert files_in(save_to) == [Path(save_to, "news.mp3")]
+
+    async def test_they_go_to_a_bucket_with_the_audio(
+        self, terms: dict[str, Any], s3_env: S3Server, save_to: str
+    ) -> None:
+        terms["save_to"] = "s3://speech/news"
+        await text_to_speech("One.", **terms, subtitles="vtt", name="a")
+        assert s3_env.objects()["news/a.vtt"].startswith(b"WEBVTT")
+
+
+class TestOfABatch:
+    async def test_every_line_has_them_beside_its_audio(self, terms: dict[str, Any], save_to: str) -> None:
+        lines = [*LINES, {"id": "hello again", "text": TEXTS["en"]}]
+        rows = await text_to_speech_batch(lines, **terms, subtitles="srt")
+        for line, its in zip(lines, rows, strict=True):
+            written = Path(its.location or "").with_suffix(".srt")
+            assert written.read_text() == srt(cues([(line["text"], its.duration_seconds)]))
+        assert len(files_in(save_to)) == 2 * len(lines) + 1
+
+    async def test_another_run_makes_them_of_what_is_there(
+        self, terms: dict[str, Any], sandbox: Sandbox, save_to: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rows = await text_to_speech_batch(LINES, **terms)
+        asked = len(sandbox.requests())
+        Path(save_to, "hello.vtt").write_text("of another text")
+        assert await text_to_speech_batch(LINES, **terms, subtitles="vtt") == rows
+        assert len(sandbox.requests()) == asked
+        written = [path for path in files_in(save_to) if path.suffix == ".vtt"]
+        assert len(written) == len(LINES)
+        assert all(path.read_text().startswith("WEBVTT") for path in written)
+        no_place_for(monkeypatch, ".vtt")  # and what is there is not written again
+        assert await text_to_speech_batch(LINES, **terms, subtitles="vtt") == rows
+
+    async def test_a_failure_to_write_them_fails_the_run_and_no_line(
+        self, terms: dict[str, Any], sandbox: Sandbox, save_to: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context() as patched:
+            no_place_for(patched, "hello.srt")
+            state = await text_to_speech_batch(LINES, **terms, subtitles="srt", return_state=True)
+        assert state.name == "SUBTITLES_MISSING"
+        assert "1 lines have audio and no subtitles, the first one because of STORAGE_FAILED" in (state.message or "")
+        assert len([path for path in files_in(save_to) if path.suffix == ".srt"]) == len(LINES) - 1
+        assert all(its.is_completed for its in await text_to_speech_batch(LINES, **terms, subtitles="srt"))
+        assert len(sandbox.ledger.charges) == len(LINES)
+        assert Path(save_to, "hello.srt").exists()
+
+    async def test_lines_without_audio_have_none(self, terms: dict[str, Any], save_to: str) -> None:
+        lines = [*LINES, {"id": "no", "text": "[sandbox:reject] Not this."}]
+        rows = await text_to_speech_batch(lines, **terms, subtitles="srt", allow_partial=True)
+        assert [its.is_completed for its in rows] == [True] * len(LINES) + [False]
+        assert {path.stem for path in files_in(save_to) if path.suffix == ".srt"} == {line["id"] for line in LINES}
+
+
+def test_the_command_line_writes_them(sandbox: Sandbox, tmp_path: Path) -> None:
+    env = {**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value()}
+    env |= {"NANOGPT_API_KEY": API_KEY, "NANOGPT_BASE_URL": sandbox.base_url}
+    command = str(Path(sys.executable).parent / "prefect-nanogpt")
+    (tmp_path / "lines.csv").write_text("id,text\nhello,Hello.\n")
+    for arguments in (
+        ["say", "One.", "--name", "one", "--subtitles", "srt"],
+        ["batch", "lines.csv", "--subtitles", "vtt"],
+    ):
+        subprocess.run([command, *arguments], cwd=tmp_path, env=env, check=True, capture_output=True)
+    assert {path.name for path in files_in(tmp_path / "audio")} == {
+        *("one.mp3", "one.srt", "hello.mp3", "hello.vtt", "manifest.jsonl")
+    }
+    done = subprocess.run([command, "say", "One.", "--subtitles", "ass"], cwd=tmp_path, env=env, capture_output=True)
+    assert (done.returncode, b"srt" in done.stderr) == (2, True)
 
 
 LINES = [

@@ -89,6 +89,7 @@ from prefect_nanogpt.shell import (
     stop,
 )
 from prefect_nanogpt.storage import Destination, absolute
+from prefect_nanogpt.subtitles import SubtitleFormat
 from prefect_nanogpt.tables import option_value
 
 __all__ = ["main", "stop"]
@@ -148,6 +149,7 @@ class JobOptions:
         max_cost: The most that all may cost, in USD, earlier runs and failed tries included.
         take: Which rendition; another number is another job, and is paid for.
         resubmit: Submit anew what is uncertain, lost or refused, although it may have been charged for.
+        subtitles: Write subtitles beside the audio, under its name; vtt is WebVTT.
         strict: Refuse a model or voice that the provider's catalogue does not have.
         dry_run: Show what it would cost, by the catalogue and what is paid for, and submit nothing.
     """
@@ -160,6 +162,7 @@ class JobOptions:
     max_cost: Usd = None
     take: PositiveInt = 1
     resubmit: Annotated[tuple[Resubmit, ...], SEVERAL] = ()
+    subtitles: SubtitleFormat | None = None
     strict: Annotated[bool, Parameter(negative=())] = False
     dry_run: Annotated[bool, Parameter(negative=())] = False
 
@@ -172,7 +175,7 @@ class JobOptions:
     @property
     def of_an_estimate(self) -> dict[str, Any]:
         """Give what an estimate takes of them."""
-        return {name: value for name, value in self.parameters.items() if name not in ("timeout_seconds", "max_cost")}
+        return {name: value for name, value in self.parameters.items() if name not in ("timeout_seconds", "max_cost", "subtitles")}
 
 
 @app.command

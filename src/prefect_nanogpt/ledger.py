@@ -373,6 +373,13 @@ class Ledger:
                     return Found(audio, place, candidate, number, run_in(note), str(note.get("at", "")))
         return None
 
+    def seconds(self, entry: Entry) -> float | None:
+        """Tell how long the audio of a job plays, as noted when it was saved; None where that is not known."""
+        for number, state in sorted(entry.saved, reverse=True):
+            with suppress(ValidationError):
+                return AudioFile.model_validate(self.read_note(entry.job, number, state).get("audio")).duration_seconds
+        return None
+
     def _locate(self, name: str, note: Mapping[str, Any]) -> tuple[Destination, str]:
         """Tell the folder of a file that a note names: that of a part is the ledger's own."""
         if name.startswith(f"{FOLDER}/"):

@@ -511,26 +511,29 @@ class _Batch:
             return None
         place = self._ledger.destination
         there = await place.run(place.list_files)
-        failures: list[NanoGPTError] = []
+        failures: list[tuple[str, NanoGPTError]] = []
 
         async def write(line: Line, row: ManifestRow) -> None:
             parts, language = [(line.request.text, row.duration_seconds)], line.request.language
             try:
                 await write_beside(place, row.file_name, kind, parts, language=language, there=there)
             except NanoGPTError as error:
-                run_logger().warning("Line %s has audio and no subtitles: %s", line.id, error)
-                failures.append(error)
+                failures.append((line.id, error))
 
         rows = [(line, self._rows[line.id]) for line in self.lines if line.id in self._rows]
         await asyncio.gather(*(write(line, row) for line, row in rows if row.is_completed))
         if not failures:
             return None
-        return NanoGPTError(
-            f"{len(failures)} lines have audio and no subtitles, the first one because of {failures[0]} Run the batch "
-            "again with the same save_to to write them; nothing is paid for again.",
+        line_id, error = failures[0]
+        missing = NanoGPTError(
+            f"{len(failures)} of {len(self.lines)} lines have audio and no subtitles, one of them "
+            f"{line_id[:ID_SHOWN]}: {error} Run the batch again with the same save_to to write them; nothing is paid "
+            "for again.",
             code="SUBTITLES_MISSING",
-            retryable=any(error.retryable for error in failures),
+            retryable=any(error.retryable for _, error in failures),
         )
+        run_logger().warning(missing.message)
+        return missing
 
     def _told(self) -> list[ManifestRow]:
         return costs_once(self._rows[line.id] for line in self.lines if line.id in self._rows)

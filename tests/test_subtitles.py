@@ -504,7 +504,7 @@ class TestOfABatch:
             no_place_for(patched, "hello.srt")
             state = await text_to_speech_batch(LINES, **terms, subtitles="srt", return_state=True)
         assert state.name == "SUBTITLES_MISSING"
-        assert "1 lines have audio and no subtitles, the first one because of STORAGE_FAILED" in (state.message or "")
+        assert "1 of 4 lines have audio and no subtitles, one of them hello: STORAGE_FAILED" in (state.message or "")
         assert len([path for path in files_in(save_to) if path.suffix == ".srt"]) == len(LINES) - 1
         assert all(its.is_completed for its in await text_to_speech_batch(LINES, **terms, subtitles="srt"))
         assert len(sandbox.ledger.charges) == len(LINES)

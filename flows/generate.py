@@ -37,7 +37,7 @@ from prefect_nanogpt.flows.forms import (
     titled,
 )
 from prefect_nanogpt.job import Terms, find, say, would_be_submitted
-from prefect_nanogpt.ledger import Job
+from prefect_nanogpt.ledger import Job, Ledger
 from prefect_nanogpt.long_text import LEAST_PART, units
 from prefect_nanogpt.models import (
     DEFAULT_MODEL,

@@ -1,4 +1,4 @@
-"""One Prefect task per step: submit a job, poll it, save its audio, join it, write subtitles; and what can be looked up."""
+"""One Prefect task per step: submit, poll, save, join, write subtitles; and what can be looked up before and after."""
 
 import logging
 

@@ -175,7 +175,11 @@ class JobOptions:
     @property
     def of_an_estimate(self) -> dict[str, Any]:
         """Give what an estimate takes of them."""
-        return {name: value for name, value in self.parameters.items() if name not in ("timeout_seconds", "max_cost", "subtitles")}
+        return {
+            name: value
+            for name, value in self.parameters.items()
+            if name not in ("timeout_seconds", "max_cost", "subtitles")
+        }
 
 
 @app.command

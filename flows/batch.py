@@ -36,6 +36,7 @@ from prefect_nanogpt.flows.forms import (
     DocumentedModel,
     Lines,
     Options,
+    Pronounced,
     Resubmitted,
     SaveTo,
     Schedule,
@@ -69,6 +70,7 @@ from prefect_nanogpt.models import (
     one_line,
     options_of,
 )
+from prefect_nanogpt.pronunciation import read_pronunciation
 from prefect_nanogpt.report import Artifact, escaped, link, links_to, only_to_look_at, to_hear_and_keep
 from prefect_nanogpt.storage import Links, absolute, kept_name
 from prefect_nanogpt.subtitles import SubtitleFormat
@@ -132,6 +134,7 @@ async def text_to_speech_batch(
     strict: Annotated[bool, titled("Only known models and voices")] = False,
     allow_partial: Annotated[bool, titled("Allow lines without audio")] = False,
     subtitles: Subtitles = None,
+    pronounce: Pronounced = None,
     artifact_key: ArtifactKey = "tts-batch",
     shards: Annotated[int, titled("Shards"), Field(ge=1, le=100)] = 1,
     shard_deployment: Annotated[str | None, titled("Deployment of the shards")] = None,
@@ -169,6 +172,8 @@ async def text_to_speech_batch(
             and returns its rows. One that a refused key, an empty balance or a limit has stopped is not.
         subtitles: Write subtitles beside the audio of each line, under its name: `srt`, or `vtt` for WebVTT. The time
             of a line is shared out by characters.
+        pronounce: What to say for words, or the path or URL of a table (CSV) with the columns `word` and `say`. Rows
+            and subtitles keep the texts as they are written; what is said is what is priced.
         artifact_key: The key of the table of lines; lower-case letters, digits and dashes.
         shards: In how many runs of the deployment to do it, on as many workers as there are. Each has its share of
             `max_in_flight`, `requests_per_second` and `max_cost`.
@@ -210,7 +215,7 @@ async def text_to_speech_batch(
         if subtitles is not None:
             can_write_subtitles()
         defaults = {"model": model, "voice": voice, **_options(options)}
-        wanted = await asyncio.to_thread(read_lines, lines, defaults, take)
+        wanted = await asyncio.to_thread(_read, lines, defaults, take, pronounce)
         if shard is not None:
             if shard > shards:
                 raise NanoGPTError(f"There is no shard {shard} of {shards}.", code="INVALID_REQUEST")
@@ -246,6 +251,12 @@ async def text_to_speech_batch(
         raise
     except NanoGPTError as error:
         return cast(list[ManifestRow], await failed(error, final=not error.retryable))
+
+
+def _read(lines: Any, defaults: Mapping[str, Any], take: int, pronounce: Any) -> list[Line]:
+    """Read the lines as they are said."""
+    pronunciation = read_pronunciation(pronounce)
+    return [line.said_with(pronunciation) for line in read_lines(lines, defaults, take)]
 
 
 def _options(given: Options) -> dict[str, Any]:
@@ -321,7 +332,8 @@ class _Batch:
             if row is not None and row.job == job.id and self._is_settled(row, sizes):
                 # The folder may have moved since.
                 here = destination.location_of(row.file_name) if row.location else None
-                self._rows[line.id] = row.model_copy(update={"location": here, **costs.get(job.id, {})})
+                told = {**_texts(line), "location": here, **costs.get(job.id, {})}
+                self._rows[line.id] = row.model_copy(update=told)
             else:
                 self._replaced += row is not None and row.is_completed and row.job != job.id
                 self.todo.setdefault(job.id, []).append(index)
@@ -400,7 +412,7 @@ class _Batch:
             line, job = self.lines[index], self.jobs[index]
             end = _unexpected(line, error)
             self.may_go_better = True
-            return ManifestRow(id=line.id, text=line.request.text, job=job.id, outcome=end.code, detail=end.message)
+            return ManifestRow(**_texts(line), job=job.id, outcome=end.code, detail=end.message)
 
     async def _add(self, row: ManifestRow) -> None:
         self._rows[row.id] = row
@@ -429,7 +441,7 @@ class _Batch:
 
     async def _row_like(self, equal: str, index: int) -> ManifestRow:
         """Give a line what became of an equal one: a copy of its audio, or its failure."""
-        row = self._rows[equal].model_copy(update={"id": self.lines[index].id})
+        row = self._rows[equal].model_copy(update=_texts(self.lines[index]))
         if not row.is_completed:
             return row
         return await self._row_from_ledger(index, None, "The ledger does not say where the audio of an equal line is.")
@@ -486,7 +498,7 @@ class _Batch:
             return _completed(line, job.id, end.audio, told)
         if end is not None:
             told |= {"outcome": end.code, "detail": end.message, "ticket": end.ticket or told.get("ticket")}
-        return ManifestRow(id=line.id, text=line.request.text, job=job.id, **told)
+        return ManifestRow(**_texts(line), job=job.id, **told)
 
     async def tell_from_ledger(self, reasons: Sequence[str | None]) -> None:
         """Tell from the ledger what others have done about the lines; where it knows nothing, why that may be."""
@@ -514,7 +526,7 @@ class _Batch:
         failures: list[tuple[str, NanoGPTError]] = []
 
         async def write(line: Line, row: ManifestRow) -> None:
-            parts, language = [(line.request.text, row.duration_seconds)], line.request.language
+            parts, language = [(line.text, row.duration_seconds)], line.request.language
             try:
                 await write_beside(place, row.file_name, kind, parts, language=language, there=there)
             except NanoGPTError as error:
@@ -595,8 +607,12 @@ def _completed(line: Line, job: str, audio: AudioFile, told: Mapping[str, Any]) 
     costs = {name: told.get(name) for name in COSTS}
     costs["currency"] = costs["currency"] or audio.currency
     file = audio.model_dump(include={"location", "sha256", "size_bytes", "duration_seconds"})
-    told_of = {"id": line.id, "text": line.request.text, "ticket": audio.ticket, "job": job}
-    return ManifestRow(outcome=COMPLETED, **told_of, **costs, **file)
+    return ManifestRow(**_texts(line), outcome=COMPLETED, ticket=audio.ticket, job=job, **costs, **file)
+
+
+def _texts(line: Line) -> dict[str, Any]:
+    """Give the fields of a row that say which line it is, and what is said."""
+    return {"id": line.id, "text": line.text, "said_as": line.request.text if line.written is not None else None}
 
 
 def _costs_of(row: ManifestRow) -> dict[str, Any]:
@@ -643,7 +659,8 @@ def _standing(ledger: Ledger, entry: Entry, reason: str | None, had: int) -> dic
 
 def _shown(row: ManifestRow, links: Links | None) -> str:
     """Write the row of a line in the table of a report: what to look for first, since the UI's tables are narrow."""
-    text, audio = escaped(row.text, TEXT_SHOWN), link("Listen", links.listen) if links else None
+    said_as = f" (said as: {escaped(row.said_as, TEXT_SHOWN)})" if row.said_as is not None else ""
+    text, audio = escaped(row.text, TEXT_SHOWN) + said_as, link("Listen", links.listen) if links else None
     if not row.is_completed:
         audio, text = f"**{escaped(row.outcome)}**", f"{text} — {escaped(row.detail or '', DETAIL_SHOWN)}"
     cells = [

@@ -38,6 +38,7 @@ __all__ = [
     "Lines",
     "Options",
     "PaidTicket",
+    "Pronounced",
     "Resubmitted",
     "SaveTo",
     "Schedule",
@@ -109,6 +110,13 @@ CostLimit = Annotated[Decimal | float | str | None, _read_as(Money | None), titl
 PaidTicket = Annotated[Ticket | Mapping[str, Any] | str, _read_as(Ticket), titled("Ticket")]
 Take = Annotated[int, titled("Take", ge=1, le=LARGEST_TAKE)]
 Resubmitted = Annotated[Sequence[Literal["uncertain", "lost", "refused"]], titled("Resubmit")]
+Pronounced = Annotated[
+    Mapping[str, Any] | str | os.PathLike[str] | None,
+    _read_as(dict[str, Any] | str | None),
+    BeforeValidator(lambda given: os.fspath(given) if isinstance(given, os.PathLike) else given),
+    WithJsonSchema({"type": "string"}),
+    titled("Pronunciation"),
+]
 Subtitles = Annotated[SubtitleFormat | None, titled("Subtitles")]
 ArtifactKey = Annotated[str, titled("Artifact key", pattern=r"^[a-z0-9-]+$")]
 

@@ -1,5 +1,6 @@
 """From text to verified audio, paid for once."""
 
+import asyncio
 import textwrap
 from decimal import Decimal
 from typing import Annotated, Any, cast
@@ -27,6 +28,7 @@ from prefect_nanogpt.flows.forms import (
     DocumentedModel,
     FileName,
     Options,
+    Pronounced,
     Resubmitted,
     SaveTo,
     Schedule,
@@ -49,6 +51,7 @@ from prefect_nanogpt.models import (
     problems_in,
     request_with,
 )
+from prefect_nanogpt.pronunciation import Spoken, read_pronunciation
 from prefect_nanogpt.report import Report
 from prefect_nanogpt.storage import absolute
 from prefect_nanogpt.subtitles import SubtitleFormat
@@ -97,6 +100,7 @@ async def text_to_speech(
     strict: Annotated[bool, titled("Only known models and voices")] = False,
     name: FileName = None,
     subtitles: Subtitles = None,
+    pronounce: Pronounced = None,
     artifact_key: ArtifactKey = "tts-audio",
 ) -> AudioFile:
     """Say a text: submit it, wait for the job, save the audio.
@@ -129,6 +133,9 @@ async def text_to_speech(
         name: What to call the file, without extension; None for the provider's run id.
         subtitles: Write subtitles beside the audio, under its name: `srt`, or `vtt` for WebVTT. Where a text is said in
             parts, each is shown when it is heard; inside of a part the time is shared out by characters.
+        pronounce: What to say for words, or the path or URL of a table (CSV) with the columns `word` and `say`. Words
+            are found whole, the longest first, in any case. What is said is what is priced, and what tells the job from
+            others; subtitles keep the text as it is written.
         artifact_key: The key of the report; lower-case letters, digits and dashes.
 
     Returns:
@@ -160,9 +167,11 @@ async def text_to_speech(
     save_to, cost_limit = absolute(save_to), cast(Decimal | None, max_cost)
     report = Report(artifact_key, save_to, text=text)
     try:
+        spoken = await asyncio.to_thread(lambda: read_pronunciation(pronounce).apply(text))
+        report.said_as = spoken.text if spoken.text != text else None
         named = {"voice": voice, "speed": speed, "response_format": response_format}
         named = {name: value for name, value in named.items() if value is not None}
-        request = _request(options, {**named, "text": text, "model": model})
+        request = _request(options, {**named, "text": spoken.text, "model": model})
         if subtitles is not None:
             can_write_subtitles()
         async with reporting_interruption(report, save_to):
@@ -177,7 +186,7 @@ async def text_to_speech(
                         await check_names([request], client, strict=strict)
                     plan = await ledger.run(ledger.plan, job.id)
                     limit = await longest_part(job, plan, ledger, entry, max_chars, client)
-                    if limit is not None and units(text.strip()) > limit:
+                    if limit is not None and units(spoken.text.strip()) > limit:
                         said = await say_in_parts(job, terms, limit, plan, client, cost_limit, report)
                     else:
                         said = await say(job, terms, TaskSteps(terms, credentials, report, cost_limit))
@@ -188,23 +197,24 @@ async def text_to_speech(
         return cast(AudioFile, await failed(error, final=not may_go_better(error)))
     try:
         if subtitles is not None:
-            await _write_subtitles(job, ledger, said.audio, subtitles)
+            await _write_subtitles(job, ledger, spoken, said.audio, subtitles)
         return said.audio
     except NanoGPTError as error:
         error.message += f" The audio is saved: {said.audio.location}"
         return cast(AudioFile, await failed(error, final=not error.retryable))
 
 
-async def _write_subtitles(job: Job, ledger: Ledger, audio: AudioFile, kind: SubtitleFormat) -> None:
+async def _write_subtitles(job: Job, ledger: Ledger, spoken: Spoken, audio: AudioFile, kind: SubtitleFormat) -> None:
     """Write subtitles of a text beside its audio, timed by its parts where it has any and their lengths are known.
 
     Another limit may have split it after the one that is noted, and then the time is shared out over all of it.
     """
     assert job.request is not None
-    parts = await ledger.run(timed_parts, job, ledger)
+    timed = await ledger.run(timed_parts, job, ledger)
+    parts = [(spoken.written_between(*span), seconds) for span, seconds in timed]
     total_seconds = audio.duration_seconds
     if total_seconds is None or not parts or any(seconds is None for _, seconds in parts):
-        parts = [(job.request.text, total_seconds)]
+        parts = [(spoken.written, total_seconds)]
     place, file_name = ledger.destination, audio.location.rpartition("/")[2]
     language = job.request.language
     name = await write_beside(place, file_name, kind, parts, total_seconds=total_seconds, language=language)

@@ -27,6 +27,7 @@ from prefect_nanogpt.models import (
     problems_in,
     request_with,
 )
+from prefect_nanogpt.pronunciation import read_pronunciation
 from prefect_nanogpt.storage import Destination
 from prefect_nanogpt.tasks.catalogue import NOT_IN_CATALOGUE
 from prefect_nanogpt.tasks.parts import longest_part, parts_of, plan_of
@@ -112,6 +113,7 @@ async def estimate(
     resubmit: Collection[Resubmit] = (),
     max_chars: int | None = None,
     strict: bool = False,
+    pronounce: Mapping[str, Any] | str | PathLike[str] | None = None,
 ) -> Estimate:
     """Tell what `text_to_speech` or `text_to_speech_batch` would submit and pay for now. Nothing is submitted or saved.
 
@@ -132,6 +134,7 @@ async def estimate(
         resubmit: Which jobs would be submitted anew: `uncertain`, `lost`, `refused`.
         max_chars: The longest part of a text, in UTF-16 code units; None for the model's limit in the catalogue.
         strict: Whether a model or voice that the catalogue does not have is an error.
+        pronounce: What would be said for words, as for the flows.
 
     Returns:
         How many jobs there are, how many of them are paid for, what the others cost, and what is not known.
@@ -157,7 +160,7 @@ async def estimate(
         raise NanoGPTError("Give a text or lines, and one of them.", code="INVALID_REQUEST")
     given = {"model": model, "voice": voice, "speed": speed, "response_format": response_format}
     given = {name: value for name, value in given.items() if value is not None}
-    wanted = await asyncio.to_thread(_wanted, text, lines, given, options, take)
+    wanted = await asyncio.to_thread(_wanted, text, lines, given, options, take, pronounce)
     destination = await asyncio.to_thread(Destination, save_to)
     places = await places_of(credentials)
     ledger = Ledger.of(destination, places.ledger)
@@ -201,19 +204,20 @@ def _wanted(
     given: Mapping[str, Any],
     options: Mapping[str, Any] | None,
     take: int,
+    pronounce: Any,
 ) -> list[tuple[TTSRequest, int]]:
     """Read what is to be said, as the flows do: requests and their takes.
 
     Raises:
         NanoGPTError: It is not in order.
     """
+    pronunciation = read_pronunciation(pronounce)
     try:
         if text is not None:
-            return [(request_with(options, {**given, "text": text}), take)]
-        return [
-            (line.request, line.take)
-            for line in read_lines(usable(lines), {**given, **options_of(options or {})}, take)
-        ]
+            return [(request_with(options, {**given, "text": pronunciation.apply(text).text}), take)]
+        defaults = {**given, **options_of(options or {})}
+        read = [line.said_with(pronunciation) for line in read_lines(usable(lines), defaults, take)]
+        return [(line.request, line.take) for line in read]
     except ValueError as error:
         what = "; ".join(problems_in(error)) if isinstance(error, ValidationError) else error
         raise NanoGPTError(f"{what}.", code="INVALID_REQUEST") from None

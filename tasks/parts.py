@@ -161,15 +161,14 @@ async def say_in_parts(
     return Said(audio)
 
 
-def timed_parts(job: Job, ledger: Ledger) -> list[tuple[str, float | None]]:
-    """Give the texts of the parts of a job, and how long each plays, in seconds, as noted; none where it is whole."""
+def timed_parts(job: Job, ledger: Ledger) -> list[tuple[tuple[int, int], float | None]]:
+    """Tell where the parts of a text are in it, and how long each plays, in seconds; none where it is whole."""
     if (plan := ledger.plan(job.id)) is None:
         return []
     entries = ledger.entries()
     return [
-        (part.request.text, ledger.seconds(entries.get(part.id) or Entry(part.id)))
-        for part in parts_of(job, plan)
-        if part.request is not None
+        (span, ledger.seconds(entries.get(part.id) or Entry(part.id)))
+        for span, part in zip(plan.spans, parts_of(job, plan), strict=True)
     ]
 
 

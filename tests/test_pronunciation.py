@@ -5,9 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
+from prefect_nanogpt import NanoGPTCredentials
 from prefect_nanogpt.errors import NanoGPTError
+from prefect_nanogpt.flows import text_to_speech, text_to_speech_batch
+from prefect_nanogpt.models import PollSchedule
 from prefect_nanogpt.pronunciation import Pronunciation, read_pronunciation
+from prefect_nanogpt.sandbox import Sandbox
+from prefect_nanogpt.tasks import estimate
+from tests.conftest import API_KEY
+from tests.test_cli import run
+
+MODEL = "Elevenlabs-Turbo-V2.5"
 
 
 def said(words: dict[str, Any], text: str) -> str:
@@ -159,3 +170,109 @@ def test_a_file_that_cannot_be_read_is_told(content: bytes | None, words: str, t
         read_pronunciation(tmp_path / "words.csv")
     assert caught.value.code == "PRONUNCIATION_UNREADABLE"
     assert words in str(caught.value)
+
+
+# In the flows
+
+
+@pytest.fixture
+def say(credentials: NanoGPTCredentials, save_to: str, quick: PollSchedule) -> dict[str, Any]:
+    return {"credentials": credentials, "save_to": save_to, "poll": quick}
+
+
+WORDS = {"Nguyen": "win", "NASA": "nassa"}
+
+
+def submitted(sandbox: Sandbox) -> list[str]:
+    return [request.json["text"] for request in sandbox.requests("submit")]
+
+
+async def test_what_is_said_is_what_is_priced_and_what_tells_jobs_apart(say: dict[str, Any], sandbox: Sandbox) -> None:
+    text = "Mr. Nguyen of NASA."
+    await text_to_speech(text, pronounce=WORDS, subtitles="srt", name="a", artifact_key="pronounced", **say)
+
+    assert submitted(sandbox) == ["Mr. win of nassa."]
+    assert [charge.text_length for charge in sandbox.ledger.charges] == [len("Mr. win of nassa.")]
+    assert "Mr. Nguyen of NASA." in (Path(say["save_to"]) / "a.srt").read_text()
+    async with get_client() as client:
+        [report] = await client.read_artifacts(
+            artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["pronounced"]))
+        )
+    facts = dict(line.strip("| ").split(" | ") for line in str(report.data).splitlines() if line.count(" | ") == 1)
+    assert "Nguyen of NASA" in facts["Text"]
+    assert "win of nassa" in facts["Said as"]
+
+    await text_to_speech("Mr. win of nassa.", **say)
+    await text_to_speech("Mr. NGUYEN of NASA.", pronounce={**WORDS, "nobody": "no body"}, **say)
+    assert len(sandbox.ledger.charges) == 1
+    await text_to_speech("Mr. Nguyen of NASA.", **say)
+    assert len(sandbox.ledger.charges) == 2
+
+
+async def test_rows_of_a_batch_keep_the_text_as_it_is_written(
+    say: dict[str, Any], sandbox: Sandbox, tmp_path: Path
+) -> None:
+    table = tmp_path / "words.csv"
+    table.write_text("word,say\nNguyen,win\n")
+    lines = [{"id": "a", "text": "Nguyen."}, {"id": "b", "text": "Win."}, {"id": "c", "text": "win."}]
+    estimated = await estimate(
+        lines=lines, pronounce=table, save_to=say["save_to"], credentials=say["credentials"], model=MODEL
+    )
+
+    rows = await text_to_speech_batch(lines, pronounce=table, subtitles="vtt", model=MODEL, **say)
+
+    assert [(row.text, row.said_as) for row in rows] == [("Nguyen.", "win."), ("Win.", None), ("win.", None)]
+    assert submitted(sandbox) == ["win.", "Win."]
+    assert estimated.usd == sandbox.ledger.charged_total
+    assert estimated.new_jobs == 2
+    assert "Nguyen." in (Path(say["save_to"]) / "a.vtt").read_text()
+    again = await text_to_speech_batch(lines[:1], **say, model=MODEL)
+    assert again[0].said_as is None
+    assert submitted(sandbox)[2:] == ["Nguyen."]
+    renamed = await text_to_speech_batch([{"id": "b", "text": "WIN"}], pronounce={"WIN": "Win."}, **say, model=MODEL)
+    assert (renamed[0].text, renamed[0].said_as) == ("WIN", "Win.")
+    assert len(sandbox.ledger.charges) == 3
+
+
+async def test_subtitles_of_a_long_text_have_every_word_as_it_is_written(say: dict[str, Any], sandbox: Sandbox) -> None:
+    text = " ".join(f"Sentence {number} is by Dr. Nguyen." for number in range(40))
+
+    await text_to_speech(
+        text, pronounce={"Dr.": "Doctor", "Nguyen": "Win Nguyen Win"}, max_chars=300, subtitles="srt", name="a", **say
+    )
+
+    assert len(sandbox.ledger.charges) > 3
+    content = (Path(say["save_to"]) / "a.srt").read_text()
+    cues = [block.split("\n", 2)[2] for block in content.strip().split("\n\n")]
+    assert " ".join(" ".join(cues).split()) == text
+    assert all("Doctor Win Nguyen Win." in said for said in submitted(sandbox))
+
+
+async def test_a_pronunciation_that_is_wrong_submits_nothing(say: dict[str, Any], sandbox: Sandbox) -> None:
+    state = await text_to_speech("Nguyen.", pronounce={"Nguyen": ""}, **say, return_state=True)
+    assert state.name == "INVALID_PRONUNCIATION"
+    with pytest.raises(NanoGPTError, match="cannot be read"):
+        await text_to_speech_batch([{"id": "a", "text": "Nguyen."}], pronounce="no-such.csv", **say)
+    assert sandbox.requests() == []
+
+
+def test_the_command_takes_a_table(tmp_path: Path, sandbox: Sandbox) -> None:
+    key = {"NANOGPT_API_KEY": API_KEY, "NANOGPT_BASE_URL": sandbox.base_url}
+    (tmp_path / "words.csv").write_text("word,say\nNguyen,win\n")
+    assert run("say", "Nguyen.", "--pronounce", "words.csv", cwd=tmp_path, **key).returncode == 0
+    assert submitted(sandbox) == ["win."]
+    wrong = run("say", "Nguyen.", "--pronounce", "none.csv", cwd=tmp_path, **key)
+    assert (wrong.returncode, len(submitted(sandbox))) == (2, 1)
+    assert "--pronounce: " in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+
+def test_ten_thousand_words_in_a_book_are_found_in_seconds() -> None:
+    words = {f"name{number}": f"nayme {number}" for number in range(10_000)}
+    text = " ".join(f"word name{number % 10_000} and" for number in range(28_000))
+    assert len(text) > 500_000
+
+    spoken = read_pronunciation(words).apply(text)
+
+    assert len(spoken.changes) == 28_000
+    assert spoken.written_between(0, len(spoken.text)) == text

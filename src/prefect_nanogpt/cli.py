@@ -71,6 +71,7 @@ from prefect_nanogpt.models import (
 )
 from prefect_nanogpt.playing import DESKTOP
 from prefect_nanogpt.playing import play as play_audio
+from prefect_nanogpt.pronunciation import read_pronunciation
 from prefect_nanogpt.sandbox import Sandbox
 from prefect_nanogpt.sandbox import serve as serve_sandbox
 from prefect_nanogpt.shell import (
@@ -150,6 +151,7 @@ class JobOptions:
         take: Which rendition; another number is another job, and is paid for.
         resubmit: Submit anew what is uncertain, lost or refused, although it may have been charged for.
         subtitles: Write subtitles beside the audio, under its name; vtt is WebVTT.
+        pronounce: A table (CSV) of what to say for words, with the columns word and say.
         strict: Refuse a model or voice that the provider's catalogue does not have.
         dry_run: Show what it would cost, by the catalogue and what is paid for, and submit nothing.
     """
@@ -163,12 +165,21 @@ class JobOptions:
     take: PositiveInt = 1
     resubmit: Annotated[tuple[Resubmit, ...], SEVERAL] = ()
     subtitles: SubtitleFormat | None = None
+    pronounce: Words | None = None
     strict: Annotated[bool, Parameter(negative=())] = False
     dry_run: Annotated[bool, Parameter(negative=())] = False
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Give them as the flows take them."""
+        """Give them as the flows take them.
+
+        Raises:
+            UsageError: Something is wrong with an option of the model, or with the pronunciation.
+        """
+        try:
+            read_pronunciation(self.pronounce)
+        except NanoGPTError as error:
+            raise UsageError(f"--pronounce: {error.message.removeprefix('pronounce: ')}") from None
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "dry_run"}
         return {"options": _options(given.pop("option")), **given}
 

@@ -34,6 +34,7 @@ from prefect_nanogpt.models import (
     problems_in,
     python_value,
 )
+from prefect_nanogpt.pronunciation import Pronunciation
 from prefect_nanogpt.storage import Destination, file_stem
 from prefect_nanogpt.tables import NO_OBJECT, Fault, Row, option_value, read_json, read_rows
 
@@ -78,11 +79,24 @@ KNOWN: Final = frozenset({*OF_THE_LINE, *TTSRequest.model_fields})
 
 
 class Line(NamedTuple):
-    """One line of a batch: its id, what to say, and which rendition of it."""
+    """One line of a batch: its id, what to say, which rendition of it, and the text if it was written otherwise."""
 
     id: str
     request: TTSRequest
     take: int = 1
+    written: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The text as it was written."""
+        return self.request.text if self.written is None else self.written
+
+    def said_with(self, pronunciation: Pronunciation) -> Line:
+        """Give the line as it is said."""
+        spoken = pronunciation.apply(self.request.text)
+        if spoken.text == spoken.written:
+            return self
+        return self._replace(request=self.request.model_copy(update={"text": spoken.text}), written=spoken.written)
 
 
 class ManifestRow(BaseModel):
@@ -90,7 +104,8 @@ class ManifestRow(BaseModel):
 
     Attributes:
         id: The line. Its file has this name, or, where no file can, one that is made of it: `location` tells.
-        text: What was to be said; empty in rows of versions that did not keep it.
+        text: What was to be said, as it was written; empty in rows of versions that did not keep it.
+        said_as: What was said for it, where a pronunciation has changed it.
         outcome: `completed`, or the code of why there is no audio.
         detail: The reason, where there is no audio.
         location: Where the audio is.
@@ -109,6 +124,7 @@ class ManifestRow(BaseModel):
 
     id: str
     text: str = ""
+    said_as: str | None = None
     outcome: str
     detail: str | None = None
     location: str | None = None

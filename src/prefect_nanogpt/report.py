@@ -156,11 +156,13 @@ class Report:
     Attributes:
         ticket: The job that the run is about, once there is one.
         paid: What is paid for, in words, where that is more than the one ticket.
+        said_as: What is said for the text, where a pronunciation has changed it.
     """
 
     def __init__(self, key: str, save_to: str, text: str | None = None) -> None:
         self.ticket: Ticket | None = None
         self.paid: str | None = None
+        self.said_as: str | None = None
         self._save_to = SecretStr(save_to)  # it may have a password
         self._text = text
         self._artifact = Artifact("markdown", key)
@@ -310,11 +312,14 @@ class Report:
                 return "The job is paid for, and as far as is known the provider still has it."
 
     def _job_facts(self, cost: Decimal | None = None, currency: str | None = None) -> list[tuple[str, str | None]]:
-        text = ("Text", escaped(self._text) if self._text else None)
+        texts = [
+            ("Text", escaped(self._text) if self._text else None),
+            ("Said as", escaped(self.said_as) if self.said_as else None),
+        ]
         if self.ticket is None:
-            return [text, ("Cost", _money(cost, currency))]
+            return [*texts, ("Cost", _money(cost, currency))]
         return [
-            text,
+            *texts,
             ("Model", escaped(self.ticket.model)),
             ("Run id", _code(self.ticket.run_id)),
             ("Cost", _money(self.ticket.cost, self.ticket.payment_source)),

@@ -111,7 +111,7 @@ class TestJobs:
         for outcome, to_do in TO_DO.items():
             assert f"It is {outcome}." in shown
             assert to_do in shown
-        jobs_shown, _, totals_shown = shown.partition("1 jobs are saved, and need nothing.")
+        jobs_shown, _, totals_shown = shown.partition("Jobs that are saved, and need nothing: 1.")
         assert "It is saved." not in jobs_shown
         assert totals_shown
         everything = run("ledger", say["save_to"], "--all", cwd=tmp_path).stdout
@@ -445,7 +445,7 @@ class TestDamage:
 
         statement = await statement_of([say["save_to"]])
 
-        assert statement.problems == [f"In the ledger of {say['save_to']}, 1 jobs cannot be read."]
+        assert statement.problems == [f"Jobs that cannot be read in {say['save_to']}: 1."]
         assert {job.outcome: (job.cost, job.unpriced) for job in statement.jobs} == {
             "saved": (sandbox.ledger.charges[0].amount, 0),
             "unreadable": (None, 1),

@@ -103,7 +103,7 @@ def _show(jobs: Sequence[BoughtJob], *, everything: bool) -> None:
     for (outcome, to_do), count in Counter((job.outcome, job.to_do) for job in shown if job.to_do).items():
         page.print(Text.assemble((f"{outcome} ({count}): ", "bold"), to_do))
     if saved := len(jobs) - len(shown):
-        page.print(f"{saved} jobs are saved, and need nothing. --all lists them too.", markup=False)
+        page.print(f"Jobs that are saved, and need nothing: {saved}. --all lists them too.", markup=False)
     for _, totals in groupby(totals_of(jobs), key=lambda total: total.provider):
         _show_totals(page, list(totals), everything=everything)
     page.print(NO_REFUNDS if jobs else "Nothing was bought.", markup=False)

@@ -32,7 +32,6 @@ Notes: TypeAlias = Mapping[int, Mapping[str, Mapping[str, Any]]]
 READERS: Final = 16
 DIGITS: Final = 100
 """More than amounts have, one of a unit with thirty decimals and another of a million together."""
-LONGEST_TEXT: Final = 200
 LONGEST_DETAIL: Final = 1_000
 COLUMNS: Final = (
     *("outcome", "cost", "currency", "other_costs", "tries", "unpriced", "at", "model", "text", "kind", "run_id"),
@@ -177,6 +176,9 @@ async def statement_of(folders: Sequence[str | os.PathLike[str]], elsewhere: str
         folders: The folders of audio, URLs or blocks.
         elsewhere: The place that is set for all ledgers, which is read too. A folder without a ledger of its own is no
             problem then.
+
+    Returns:
+        The jobs, each charge in one of them only, and what could not be read.
     """
     found: list[BoughtJob] = []
     problems: list[str] = []
@@ -192,7 +194,7 @@ async def statement_of(folders: Sequence[str | os.PathLike[str]], elsewhere: str
         if jobs is None and (not elsewhere or _real(place) == _real(elsewhere)):
             problems.append(f"There is no ledger in {without_login(absolute(place))}.")
         if unreadable := sum(job.outcome == "unreadable" for job in jobs or ()):
-            problems.append(f"In the ledger of {without_login(absolute(place))}, {unreadable} jobs cannot be read.")
+            problems.append(f"Jobs that cannot be read in {without_login(absolute(place))}: {unreadable}.")
         found += jobs or []
     return Statement(jobs=_charged_once(found), problems=problems)
 

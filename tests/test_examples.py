@@ -275,3 +275,62 @@ async def test_a_refused_text_ends_up_on_the_editors_list(
     assert (row["code"], row["model"]) == ("CONTENT_POLICY_VIOLATION", "Elevenlabs-Turbo-V2.5")
     [refused] = [run for run in await runs_of("text-to-speech") if f"/{run.id})" in row["run"]]
     assert refused.state_name == "CONTENT_POLICY_VIOLATION"
+
+
+def test_lines_become_a_video_with_subtitles_that_end_with_the_sound(in_folder: Path, sandbox: Sandbox) -> None:
+    script = copy(EXAMPLES / "narrated_video.py", in_folder)
+    video = run(sys.executable, script, cwd=in_folder, env=environment(sandbox)).splitlines()[-1]
+
+    reading = [get_ffmpeg_exe(), "-v", "error", "-i", video, "-map", "0:s", "-f", "srt", "-"]
+    told = subprocess.run(reading, capture_output=True, text=True, check=True).stdout
+    cues = [block.split("\n") for block in told.strip().split("\n\n")]
+    assert " ".join(" ".join(cue[2:]) for cue in cues).count("NANO-GPT") == 1
+    assert [request.json["text"] for request in sandbox.requests("submit")][1].count("nano G P T") == 1
+    times = [[seconds(time) for time in cue[1].split(" --> ")] for cue in cues]
+    sound = AudioSegments.of(in_folder / "video" / "narration.mp3")
+    assert times[0][0] == pytest.approx(0, abs=0.1)
+    assert times[-1][1] == pytest.approx(sound, abs=0.1)
+    gaps = [later[0] - earlier[1] for earlier, later in pairwise(times)]
+    assert [gap for gap in gaps if gap > 0.1] == pytest.approx([0.6] * 3, abs=0.1)
+
+
+def test_an_episode_is_made_of_the_newest_items_and_new_ones_alone_are_paid_for(
+    in_folder: Path, sandbox: Sandbox
+) -> None:
+    script, feed = copy(EXAMPLES / "feed_episode.py", in_folder), copy(EXAMPLES / "feed.xml", in_folder)
+    first = run(sys.executable, script, cwd=in_folder, env=environment(sandbox)).splitlines()
+    assert Path(first[-1]) == in_folder / "podcast" / "episode.mp3"
+    assert [request.json["text"] for request in sandbox.requests("submit")][0] == (
+        "Version 5 is out. Version 5 starts in half the time & needs less memory."
+    )
+    length = played(first[-1])
+    assert length == pytest.approx(sum(played(sandbox_file) for sandbox_file in files_in(in_folder)) + 4, abs=0.3)
+    Path(feed).write_text(Path(feed).read_text().replace("Bug fixes", "Bugs, fixed"))
+    run(sys.executable, script, cwd=in_folder, env=environment(sandbox))
+    assert len(sandbox.ledger.charges) == 6
+
+
+async def test_another_kind_of_job_is_waited_for(in_folder: Path) -> None:
+    waiting: Any = runpy.run_path(str(EXAMPLES / "wait_for_a_video.py"))
+    answers = [{"status": "IN_QUEUE"}, {"status": "IN_PROGRESS"}]
+    answers.append({"status": "COMPLETED", "output": {"video": {"url": "https://video.test/1.mp4"}}})
+    asked: list[tuple[str, str]] = []
+
+    class Videos(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append((self.path, self.headers["x-api-key"]))
+            body = json.dumps({"data": answers[len(asked) - 1]}).encode()
+            self.send_response(200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Videos) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        waiting["look_at_video"].fn.__globals__["BASE_URL"] = f"http://127.0.0.1:{server.server_address[1]}/api"
+        quick = PollSchedule(min_seconds=0.25, max_seconds=0.25, jitter=0)
+        url = await waiting["wait_for_video"]("98b0", patience=quick)
+        server.shutdown()
+
+    assert url == "https://video.test/1.mp4"
+    assert asked == [("/api/video/status?requestId=98b0", API_KEY)] * 3

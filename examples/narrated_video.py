@@ -31,12 +31,12 @@ PAUSE_SECONDS = 0.6
 
 
 @task(task_run_name="mux {video}")
-def mux(audio: str, subtitles: str, video: Path) -> str:
+def mux(audio: str, seconds: float | None, subtitles: str, video: Path) -> str:
     """Put the sound and its subtitles under a picture; in practice, under slides or a recording."""
-    picture = ["-f", "lavfi", "-i", "color=c=midnightblue:s=1280x720:r=10"]
+    picture = ["-f", "lavfi", "-i", f"color=c=midnightblue:s=1280x720:r=10:d={seconds}"]
     tracks = ["-map", "0:v", "-map", "1:a", "-map", "2:s", "-c:v", "mpeg4", "-c:a", "aac", "-c:s", "mov_text"]
     sound = ["-i", audio, "-i", subtitles]
-    command = [get_ffmpeg_exe(), "-y", "-v", "error", *picture, *sound, *tracks, "-shortest", video]
+    command = [get_ffmpeg_exe(), "-y", "-v", "error", *picture, *sound, *tracks, video]
     subprocess.run(command, check=True)
     return str(video.resolve())
 
@@ -47,7 +47,7 @@ async def narrated_video(folder: str = "video") -> str:
     rows = await text_to_speech_batch(LINES, voice="Rachel", save_to=f"{folder}/lines", pronounce=SAID_AS)
     audio = await join_audio(rows, f"{folder}/narration.mp3", gap_seconds=PAUSE_SECONDS)
     subtitles = await write_subtitles(rows, f"{folder}/narration.srt", gap_seconds=PAUSE_SECONDS, audio=audio)
-    video = mux(audio.location, subtitles, Path(folder, "narrated.mp4"))
+    video = mux(audio.location, audio.duration_seconds, subtitles, Path(folder, "narrated.mp4"))
     print(f"{video} plays for {audio.duration_seconds:.1f} s.")
     return video
 

@@ -311,7 +311,7 @@ def test_an_episode_is_made_of_the_newest_items_and_new_ones_alone_are_paid_for(
     script, feed = copy(EXAMPLES / "feed_episode.py", in_folder), copy(EXAMPLES / "feed.xml", in_folder)
     first = run(sys.executable, script, cwd=in_folder, env=environment(sandbox)).splitlines()
     assert Path(first[-1]) == in_folder / "podcast" / "episode.mp3"
-    assert [request.json["text"] for request in sandbox.requests("submit")][0] == (
+    assert next(request.json["text"] for request in sandbox.requests("submit")) == (
         "Version 5 is out. Version 5 starts in half the time & needs less memory."
     )
     items = [played(item) for item in (in_folder / "podcast" / "items").glob("*.mp3")]

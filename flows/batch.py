@@ -227,9 +227,8 @@ async def text_to_speech_batch(
         if batch.todo:
             async with nanogpt_client(credentials) as client:
                 client.requests_per_second = requests_per_second
-                if shard is None and (new := batch.new_jobs()):
-                    requests = [job.request for job in new.values() if job.request]
-                    await check_names(requests, client, strict=strict)
+                if shard is None:
+                    await batch.check_names(client, strict=strict)
                 budget = await batch.budget(cast(Decimal | None, max_cost), client)
                 if shards > 1 and shard is None and batch.refusal is None:
                     await _run_in_shards(batch, budget, shards, shard_deployment, credentials)
@@ -305,7 +304,7 @@ class _Batch:
         """The lines without audio, by their job: equal lines are one job."""
         self.may_go_better = False
         self.refusal: NanoGPTError | None = None
-        """Why nothing is submitted at all: the prices are above the limit. What is paid for is fetched."""
+        """Why nothing is submitted at all, such as prices above the limit. What is paid for is fetched."""
         self._terms = terms
         self._ledger = terms.ledger
         self._manifest = Manifest(terms.ledger.destination)
@@ -368,8 +367,16 @@ class _Batch:
         await budget.count([(job, self._entry(job.id)) for job in jobs.values()], told)
         new = self.new_jobs().values()
         await budget.read_prices(new)
-        self.refusal = self.stopped_by = budget.refusal_of(new)
+        self.refusal = self.stopped_by = self.refusal or budget.refusal_of(new)
         return budget
+
+    async def check_names(self, client: NanoGPTClient, *, strict: bool) -> None:
+        """Warn of models and voices that the catalogue does not have, or submit nothing because of them."""
+        try:
+            if requests := [job.request for job in self.new_jobs().values() if job.request]:
+                await check_names(requests, client, strict=strict)
+        except NanoGPTError as error:
+            self.refusal = self.stopped_by = error
 
     def new_jobs(self) -> dict[str, Job]:
         """Give the jobs that would be submitted, by their digests."""
@@ -461,7 +468,7 @@ class _Batch:
     def _take_note_of(self, error: NanoGPTError, job: str) -> None:
         """Draw from the end of a line what it means for the others and for another run."""
         self.may_go_better |= may_go_better(error)
-        if isinstance(error, TTSJobRejected) and not isinstance(error, ContentPolicyViolation):
+        if isinstance(error, TTSJobRejected) and not isinstance(error, ContentPolicyViolation) and error.is_certain:
             self._failed.add(job)
         is_news = self.stopped_by is None or (_stops_everything(error) and not _stops_everything(self.stopped_by))
         if is_news and _stops_submissions(error):

@@ -182,13 +182,13 @@ async def text_to_speech(
             said = await find(job, terms, entry)
             if said is None:
                 async with nanogpt_client(credentials) as client:
-                    if would_be_submitted(entry, resubmit):
-                        await check_names([request], client, strict=strict)
                     plan = await ledger.run(ledger.plan, job.id)
                     limit = await longest_part(job, plan, ledger, entry, max_chars, client)
                     if limit is not None and units(spoken.text.strip()) > limit:
-                        said = await say_in_parts(job, terms, limit, plan, client, cost_limit, report)
+                        said = await say_in_parts(job, terms, limit, plan, client, cost_limit, report, strict=strict)
                     else:
+                        if would_be_submitted(entry, resubmit):
+                            await check_names([request], client, strict=strict)
                         said = await say(job, terms, TaskSteps(terms, credentials, report, cost_limit))
             run_logger().info("The audio is at %s.", said.audio.location)
             await report.finished(said, ledger.destination)

@@ -71,8 +71,9 @@ def parameters_of_shards(
     # A shard's process runs in another folder.
     whole["save_to"] = absolute(fspath(whole["save_to"]))
     for name in ("lines", "pronounce"):
-        if isinstance(whole[name], str) and "://" not in whole[name]:
-            whole[name] = abspath(whole[name])
+        place = whole.get(name)
+        if isinstance(place, str) and "://" not in place:
+            whole[name] = abspath(place)
     whole["credentials"] = credentials_for_workers(credentials)
     # Values of NumPy and pandas come with rows of a data frame; those that are no JSON were refused or passed over.
     plain: dict[str, Any] = to_jsonable_python(whole, inf_nan_mode="null", fallback=_as_python)

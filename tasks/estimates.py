@@ -4,20 +4,21 @@ import asyncio
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from decimal import Decimal
 from os import PathLike
-from typing import Any
+from typing import Any, get_args
 
+import httpx
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from prefect_nanogpt.catalogue import doubts_about
+from prefect_nanogpt.catalogue import doubts_about, too_long
 from prefect_nanogpt.client import NanoGPTClient
 from prefect_nanogpt.credentials import NanoGPTCredentials, nanogpt_client, places_of
 from prefect_nanogpt.errors import NanoGPTError
 from prefect_nanogpt.job import Resubmit, would_be_submitted
 from prefect_nanogpt.ledger import Entry, Job, Ledger
 from prefect_nanogpt.lines import read_lines, usable
-from prefect_nanogpt.long_text import units
+from prefect_nanogpt.long_text import LEAST_PART, units
 from prefect_nanogpt.models import (
     DEFAULT_MODEL,
     AudioModel,
@@ -64,7 +65,8 @@ class Estimate(BaseModel):
         lines: How many lines there are; 1 for a text.
         characters: How many characters they have together.
         jobs: How many different jobs that is: equal lines are one, a long text is one for each of its parts.
-        paid_jobs: How many of them are, or may be, paid for and are fetched, or found, without another charge.
+        paid_jobs: How many of them are, or may be, paid for and are fetched, or found, without another charge. Whether
+            their audio is still there is not looked at.
         held_jobs: How many are uncertain, lost or refused, and are not submitted without `resubmit`.
         new_jobs: How many would be submitted, and charged.
         models: The jobs that would be submitted, by model.
@@ -112,6 +114,7 @@ async def estimate(
     take: int = 1,
     resubmit: Collection[Resubmit] = (),
     max_chars: int | None = None,
+    max_cost: Decimal | float | str | None = None,
     strict: bool = False,
     pronounce: Mapping[str, Any] | str | PathLike[str] | None = None,
 ) -> Estimate:
@@ -133,6 +136,7 @@ async def estimate(
         take: Which rendition.
         resubmit: Which jobs would be submitted anew: `uncertain`, `lost`, `refused`.
         max_chars: The longest part of a text, in UTF-16 code units; None for the model's limit in the catalogue.
+        max_cost: The most that it may cost, earlier tries included, in USD: more is warned of.
         strict: Whether a model or voice that the catalogue does not have is an error.
         pronounce: What would be said for words, as for the flows.
 
@@ -158,6 +162,8 @@ async def estimate(
     """
     if (text is None) == (lines is None):
         raise NanoGPTError("Give a text or lines, and one of them.", code="INVALID_REQUEST")
+    if take < 1 or (max_chars is not None and max_chars < LEAST_PART) or not {*resubmit} <= {*get_args(Resubmit)}:
+        raise NanoGPTError("take, max_chars or resubmit is none that a flow takes.", code="INVALID_REQUEST")
     given = {"model": model, "voice": voice, "speed": speed, "response_format": response_format}
     given = {name: value for name, value in given.items() if value is not None}
     wanted = await asyncio.to_thread(_wanted, text, lines, given, options, take, pronounce)
@@ -170,15 +176,21 @@ async def estimate(
         catalogue, balance, unknown = await _look_up(client)
         if lines is None:
             jobs = await _parts(jobs[0], ledger, entries.get(jobs[0].id) or Entry(jobs[0].id), max_chars, client)
-    doubts = doubts_about([request for request, _ in wanted], catalogue)
-    if doubts.names and strict:
-        raise NanoGPTError(" ".join(doubts.names), code=NOT_IN_CATALOGUE)
     known = {job.id: entries.get(job.id) or Entry(job.id) for job in jobs}
     new = {job.id: job for job in jobs if would_be_submitted(known[job.id], resubmit)}
+    requests = [job.request for job in new.values() if job.request]
+    doubts = doubts_about(requests, catalogue)
+    if doubts.names and strict:
+        raise NanoGPTError(" ".join(doubts.names), code=NOT_IN_CATALOGUE)
     held = await ledger.run(_held, ledger, [known[job] for job in known.keys() - new.keys()])
     models = _by_model(new.values(), catalogue or [])
     usd = sum((model.usd for model in models if model.usd is not None), Decimal(0))
-    too_little = balance is not None and balance.usd is not None and balance.usd < usd
+    spent = await ledger.run(_spent, ledger, known.values())
+    warnings = [*doubts.names, *doubts.formats, *too_long(requests, catalogue)]
+    if balance is not None and balance.usd is not None and balance.usd < usd:
+        warnings.append("The balance does not cover it.")
+    if max_cost is not None and usd + spent.get("USD", Decimal(0)) > Decimal(str(max_cost)):
+        warnings.append(f"With what is spent that is more than max_cost={max_cost}: nothing would be submitted.")
     return Estimate(
         lines=len(wanted),
         characters=sum(len(request.text) for request, _ in wanted),
@@ -188,13 +200,10 @@ async def estimate(
         new_jobs=len(new),
         models=models,
         usd=usd,
-        spent=await ledger.run(_spent, ledger, known.values()),
+        spent=spent,
         balance=balance,
-        unknown=(
-            *unknown,
-            *(f"What {one.model} costs: the catalogue has no price of it." for one in models if one.usd is None),
-        ),
-        warnings=(*doubts.names, *doubts.formats, *(["The balance does not cover it."] if too_little else [])),
+        unknown=(*unknown, *(_without_price(models) if catalogue is not None else ())),
+        warnings=tuple(warnings),
     )
 
 
@@ -229,12 +238,19 @@ async def _look_up(client: NanoGPTClient) -> tuple[list[AudioModel] | None, Bala
     try:
         catalogue = await client.list_models()
     except NanoGPTError as error:
-        unknown.append(f"Whether the models and voices are there: the catalogue cannot be read ({error}).")
+        _let_a_refused_key_through(error)
+        unknown.append(f"The prices, and whether models and voices are there: the catalogue cannot be read ({error}).")
     try:
         balance = await client.get_balance()
     except NanoGPTError as error:
+        _let_a_refused_key_through(error)
         unknown.append(f"The balance: it cannot be read ({error}).")
     return catalogue, balance, unknown
+
+
+def _let_a_refused_key_through(error: NanoGPTError) -> None:
+    if error.http_status == httpx.codes.UNAUTHORIZED:
+        raise error
 
 
 async def _parts(job: Job, ledger: Ledger, entry: Entry, max_chars: int | None, client: NanoGPTClient) -> list[Job]:
@@ -254,6 +270,10 @@ def _held(ledger: Ledger, entries: Iterable[Entry]) -> int:
     return sum(
         not ledger.may_still_be_answered(entry) if entry.is_in_the_air else not entry.is_paid for entry in entries
     )
+
+
+def _without_price(models: Iterable[ModelEstimate]) -> list[str]:
+    return [f"What {one.model} costs: the catalogue has no price of it." for one in models if one.usd is None]
 
 
 def _by_model(jobs: Iterable[Job], catalogue: Iterable[AudioModel]) -> tuple[ModelEstimate, ...]:

@@ -16,8 +16,9 @@ from prefect_nanogpt.job import Said, Terms, save_whole, would_be_submitted
 from prefect_nanogpt.joining import join
 from prefect_nanogpt.ledger import Entry, Job, Ledger, Plan
 from prefect_nanogpt.long_text import LEAST_PART, spans, units
-from prefect_nanogpt.models import AudioFile
+from prefect_nanogpt.models import AudioFile, Completed, Ticket
 from prefect_nanogpt.report import Report, only_to_look_at
+from prefect_nanogpt.tasks.catalogue import check_names
 from prefect_nanogpt.tasks.join import bytes_of
 from prefect_nanogpt.tasks.say import PlainSteps, say_in_one_task
 
@@ -41,6 +42,8 @@ async def longest_part(
         StorageError: Nobody knows where the text was split.
     """
     assert job.request is not None
+    if entry.is_paid and await ledger.run(_is_of_its_own, ledger, entry):
+        return None
     if plan is not None and (max_chars is None or entry.saved):
         return plan.limit
     if plan is None and "plan" in entry.states.get(1, ()) and max_chars is None:
@@ -62,6 +65,11 @@ async def longest_part(
     if model is None or model.max_chars is None or model.max_chars < LEAST_PART:
         return None  # nothing is said, or nothing that can be meant
     return model.max_chars
+
+
+def _is_of_its_own(ledger: Ledger, entry: Entry) -> bool:
+    """Whether what is paid for is the text as a whole, of which the provider can be asked, and not its parts."""
+    return not entry.is_saved or isinstance(ledger.submission(entry), Ticket | Completed)
 
 
 async def plan_of(job: Job, limit: int) -> Plan:
@@ -86,6 +94,8 @@ async def say_in_parts(
     client: NanoGPTClient,
     max_cost: Decimal | None,
     report: Report,
+    *,
+    strict: bool,
 ) -> Said:
     """Say a text that is too long for its model: each part a job, joined in order.
 
@@ -139,11 +149,13 @@ async def say_in_parts(
 
     await tell()
     await report.waiting()
+    new = [part for part in unique.values() if would_be_submitted(known[part.id], terms.resubmit)]
+    if new:
+        await check_names([job.request], client, strict=strict)
     budget = None
     if max_cost is not None:
         budget = Budget(max_cost, ledger, client)
         await budget.count([(part, known[part.id]) for part in unique.values()])
-        new = [part for part in unique.values() if would_be_submitted(known[part.id], terms.resubmit)]
         await budget.read_prices(new)
         failures += filter(None, [budget.refusal_of(new)])
     steps = PlainSteps(terms, client, budget)

@@ -136,7 +136,11 @@ async def write_beside(
         if (there or {}).get(name) != len(content) or place.read(name) != content:
             place.write(name, content)
 
-    await with_retries(lambda: place.run(write), saving.RETRY_DELAYS_SECONDS)
+    try:
+        await with_retries(lambda: place.run(write), saving.RETRY_DELAYS_SECONDS)
+    except NanoGPTError as error:
+        error.message = f"The subtitles {name} cannot be written: {error.message}"
+        raise
     return name
 
 

@@ -1,6 +1,10 @@
 """What the provider offers, what it would cost, and what is left: asked for, and told before anything is paid."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Sequence
 from decimal import Decimal
 from itertools import repeat
@@ -111,7 +115,11 @@ async def test_a_catalogue_that_cannot_be_read_is_an_error_and_not_kept(
 
     assert caught.value.code == code
     assert caught.value.retryable
-    assert await asking.find_model(TURBO)
+    with pytest.raises(ProviderError):  # nobody waits for it again and again
+        await asking.find_model(TURBO)
+    assert len(sandbox.requests("models")) == 1
+    async with NanoGPTClient(API_KEY, sandbox.base_url) as another:
+        assert await another.find_model(TURBO)
 
 
 async def test_five_thousand_rows_with_their_voices_are_read(asking: NanoGPTClient, sandbox: Sandbox) -> None:
@@ -262,9 +270,26 @@ async def test_what_is_strict_submits_nothing_that_is_doubtful(say: dict[str, An
         await text_to_speech_batch(lines, strict=True, **say)
     assert caught.value.code == "NOT_IN_CATALOGUE"
     assert sandbox.requests("submit") == []
-    assert files_in(say["save_to"]) == []
+    assert [path.name for path in files_in(say["save_to"])] == ["manifest.jsonl"]
 
     assert await text_to_speech("Hello.", voice="Rachel", strict=True, **say)
+
+
+async def test_what_is_strict_fetches_what_is_paid_for(say: dict[str, Any], sandbox: Sandbox) -> None:
+    sandbox.on_status(None, [{"status": "pending"}] * 2)
+    with pytest.raises(BatchPartial):
+        await text_to_speech_batch([{"id": "a", "text": "Paid.", "voice": "Rachell"}], timeout_seconds=0.5, **say)
+    lines = [{"id": "a", "text": "Paid.", "voice": "Rachell"}, {"id": "b", "text": "New.", "voice": "Nobody"}]
+
+    with pytest.raises(NanoGPTError, match="no voice 'Nobody'") as caught:
+        await text_to_speech_batch(lines, strict=True, **say)
+
+    assert caught.value.code == "NOT_IN_CATALOGUE"
+    assert [path.name for path in files_in(say["save_to"])] == ["a.mp3", "manifest.jsonl"]
+    assert len(sandbox.ledger.charges) == 1
+    assert (
+        await estimate(lines=lines[:1], strict=True, save_to=say["save_to"], credentials=say["credentials"])
+    ).jobs == 1
 
 
 async def test_a_run_goes_on_without_the_catalogue_and_says_so(
@@ -437,10 +462,10 @@ async def test_an_estimate_says_what_it_does_not_know(ask: dict[str, Any], sandb
     blind = await estimate("Hello.", **ask)
     assert blind.balance is None
     assert [sentence.partition(":")[0] for sentence in blind.unknown] == [
-        "Whether the models and voices are there",
+        "The prices, and whether models and voices are there",
         "The balance",
-        f"What {TURBO} costs",
     ]
+    assert blind.models[0].usd is None
 
 
 async def test_an_estimate_warns_of_what_would_go_wrong(ask: dict[str, Any], sandbox: Sandbox) -> None:
@@ -455,6 +480,18 @@ async def test_an_estimate_warns_of_what_would_go_wrong(ask: dict[str, Any], san
     ]
     with pytest.raises(NanoGPTError, match="no voice 'Rachell'"):
         await estimate("Hello there.", voice="Rachell", strict=True, **ask)
+    longest = await estimate(lines=[{"id": "a", "text": "x" * 4_097}], model="tts-1", max_cost="0.01", **ask)
+    assert [sentence.partition(":")[0] for sentence in longest.warnings] == [
+        "1 text is longer than tts-1 takes by the catalogue (4,096 characters), and may be refused.",
+        "With what is spent that is more than max_cost=0.01",
+    ]
+
+
+async def test_a_refused_key_is_no_estimate(ask: dict[str, Any], sandbox: Sandbox) -> None:
+    ask["credentials"] = NanoGPTCredentials(api_key=SecretStr("bad-key"), base_url=sandbox.base_url)
+    with pytest.raises(ProviderError) as caught:
+        await estimate("Hello there.", **ask)
+    assert caught.value.http_status == 401
 
 
 @pytest.mark.parametrize(
@@ -464,6 +501,9 @@ async def test_an_estimate_warns_of_what_would_go_wrong(ask: dict[str, Any], san
         ({"text": "Hi.", "lines": []}, "INVALID_REQUEST"),
         ({"text": " "}, "INVALID_REQUEST"),
         ({"text": "Hi.", "speed": 9}, "INVALID_REQUEST"),
+        ({"text": "Hi.", "take": 0}, "INVALID_REQUEST"),
+        ({"text": "Hi.", "max_chars": 3}, "INVALID_REQUEST"),
+        ({"text": "Hi.", "resubmit": ["everything"]}, "INVALID_REQUEST"),
         ({"lines": []}, "INVALID_LINES"),
         ({"lines": "no-such.csv"}, "LINES_UNREADABLE"),
         ({"lines": {"id": "a", "text": "Hi."}}, "INVALID_REQUEST"),
@@ -482,11 +522,14 @@ async def test_what_is_not_in_order_has_no_estimate(given: dict[str, Any], code:
 def test_models_voices_and_balance_are_shown_to_people_and_programs(tmp_path: Path, key: dict[str, str]) -> None:
     table = run("models", cwd=tmp_path, server=False, **key)
     assert (table.returncode, table.stderr) == (0, "")
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.stdout.splitlines() if "│" in line]
-    assert [TURBO, "speech", "0.06", "", "10,000", "46", ""] in rows
-    assert ["microsoft/vibevoice", "speech", "", "0.15", "", "", ""] in rows
-    assert ["Minimax-Speech-2.8-HD", "speech", "unknown", "", "", "2", ""] in rows
-    assert [row[1] for row in rows] == sorted((row[1] for row in rows), key=["speech", "music", "clone"].index)
+    rows = [line.split() for line in table.stdout.splitlines()]
+    assert [TURBO, "0.06", "10,000", "46", "speech"] in rows
+    assert ["microsoft/vibevoice", "0.15", "speech"] in rows
+    assert ["Minimax-Speech-2.8-HD", "unknown", "2", "speech"] in rows
+    kinds = [row[-1] for row in rows if row and row[-1] in ("speech", "music", "clone")]
+    assert kinds == sorted(kinds, key=["speech", "music", "clone"].index)
+    narrow = run("models", cwd=tmp_path, server=False, COLUMNS="80", **key)
+    assert "gemini-2.5-flash-preview-tts" in narrow.stdout
 
     models = json.loads(run("models", "--json", cwd=tmp_path, server=False, **key).stdout)
     assert {model["id"]: model["usd_per_thousand_chars"] for model in models}["tts-1"] == "0.015"
@@ -506,10 +549,26 @@ def test_the_lookups_say_what_is_wrong(tmp_path: Path, key: dict[str, str]) -> N
     assert "Traceback" not in refused.stderr + unknown.stderr
 
 
-def test_without_a_key_the_sandbox_is_asked_and_that_is_said(tmp_path: Path) -> None:
-    done = run("balance", cwd=tmp_path)
-    assert done.stdout.splitlines() == ["100 USD", "0 XNO"]
-    assert "sandbox stands in for NanoGPT" in done.stderr
+def test_without_a_key_nobody_is_asked_in_the_place_of_the_provider(tmp_path: Path) -> None:
+    done = run("balance", "--json", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "MISSING_CREDENTIALS" in done.stderr
+
+
+def test_ctrl_c_ends_a_question_without_a_traceback(tmp_path: Path, sandbox: Sandbox, key: dict[str, str]) -> None:
+    sandbox.on_balance([Hang(60)])
+    process = subprocess.Popen(
+        [str(Path(sys.executable).parent / "prefect-nanogpt"), "balance"],
+        cwd=tmp_path,
+        env={**os.environ, **key},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    sandbox.wait_for_request("balance", timeout=60)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in told
 
 
 def test_a_dry_run_shows_the_price_and_submits_nothing(tmp_path: Path, sandbox: Sandbox, key: dict[str, str]) -> None:

@@ -161,6 +161,18 @@ def test_a_known_word_for_waiting_is_waiting(word: str) -> None:
     assert status.is_known
 
 
+@pytest.mark.parametrize("body", [{"status": "moderated", "error": "No."}, {"status": "pending", "terminal": True}])
+def test_an_end_in_words_that_are_not_known_is_not_certain(body: dict[str, Any]) -> None:
+    status = parse_status(body)
+
+    assert isinstance(status, Rejected)
+    assert not status.is_certain
+    assert repr(body["status"]) in status.message
+    failed = parse_status({"status": "error"})
+    assert isinstance(failed, Rejected)
+    assert failed.is_certain
+
+
 def test_an_unknown_word_is_waiting_and_not_known() -> None:
     status = parse_status({"status": "Warming up", "audioUrl": "https://a.test/1.mp3"})
 
@@ -279,6 +291,9 @@ def test_every_way_to_fail_is_a_rejection(body: dict[str, Any], code: str, messa
         {"status": "warming up", "terminal": False, "error": None},
         {"status": "warming up", "terminal": "no", "error": ""},
         {"status": "warming up", "error": 0},
+        {"status": "rendering", "error": "", "message": "Your audio is being rendered."},
+        {"status": "rendering", "error": {}, "message": "Soon.", "type": "info"},
+        {"status": "rendering", "error": None, "code": "rendering"},
         {"status": "processing", "error": "CONTENT_POLICY_VIOLATION was not seen"},
     ],
     ids=str,
@@ -287,10 +302,16 @@ def test_what_does_not_say_that_it_is_the_end_is_waited_for(body: dict[str, Any]
     assert parse_status(body) == Pending(word=body["status"])
 
 
-def test_a_word_about_policy_that_is_not_the_code_is_no_refusal() -> None:
-    status = parse_status(
-        {"status": "error", "error": "Content policy violations are looked for by a service that fails."}
-    )
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Content policy violations are looked for by a service that fails.",
+        "Content policy violation scanner is unavailable, retry.",
+        "There was no CONTENT_POLICY_VIOLATION.",
+    ],
+)
+def test_words_about_policy_that_are_not_its_code_are_no_refusal(words: str) -> None:
+    status = parse_status({"status": "error", "error": words})
 
     assert isinstance(status, Rejected)
     assert not status.is_content_policy
@@ -494,6 +515,7 @@ def test_a_price_by_generation_is_that_of_a_job_however_long_its_text(pricing: d
         {"pricing": None, "supported_parameters": []},
         {"pricing": [0.06], "supported_parameters": {"max_chars": "many", "voices": "all", "response_formats": 3}},
         {"supported_parameters": {"max_chars": -1, "voices": [None, 7, {"id": 3}, {}, " "]}},
+        {"supported_parameters": {"voices": {"default": None, "values": []}}},
         {"name": {"en": "A model"}},
     ],
     ids=str,
@@ -516,6 +538,8 @@ def test_what_is_odd_about_a_model_is_not_said(row: dict[str, Any]) -> None:
         ({"id": "Elevenlabs-Music-V1"}, "music"),
         ({"id": "minimax-voice-clone", "category": "audio_tts"}, "clone"),
         ({"category": "audio_voice_clone"}, "clone"),
+        ({"id": "Cyclone-TTS", "category": "audio_tts"}, "speech"),
+        ({"category": "text-to-speech"}, "speech"),
         ({"capabilities": {"voice_cloning": True}}, "clone"),
         ({"category": "audio_stt"}, "other"),
         ({"capabilities": {"text_to_speech": False}}, "other"),
@@ -545,16 +569,25 @@ def test_rows_that_are_no_models_do_not_hide_the_others() -> None:
 
 @pytest.mark.parametrize(
     "voices",
-    [["Ann", "Ann", "Bob"], [{"id": "Ann"}, {"name": "Bob"}], {"values": ["Ann", "Bob"]}, {"Ann": {}, "Bob": {}}],
+    [
+        ["Ann", "Ann", "Bob"],
+        [{"id": "Ann"}, {"name": "Bob"}],
+        [{"name": "Ann (US)", "voice": "Ann"}, {"label": "Bob", "value": "Bob"}],
+        {"values": ["Ann", "Bob"], "default": "Ann"},
+        {"en": ["Ann"], "de": ["Bob"]},
+        {"Ann": {}, "Bob": {}},
+    ],
     ids=str,
 )
 def test_voices_are_read_in_every_shape(voices: object) -> None:
     assert model_of(supported_parameters={"voices": voices}).voices == ("Ann", "Bob")
 
 
-@pytest.mark.parametrize("body", [{}, {"data": None}, {"data": {"id": "m"}}, {"object": "list"}])
+@pytest.mark.parametrize(
+    "body", [{}, {"data": None}, {"data": {"id": "m"}}, {"object": "list"}, {"data": []}, {"data": [None, {}]}]
+)
 def test_what_is_no_list_of_models_is_no_catalogue(body: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="not a list of models"):
+    with pytest.raises(ValueError, match="list of models"):
         parse_models(body)
 
 

@@ -205,6 +205,11 @@ CASES = {
         lambda finished: [{"status": "completed", "audioUrls": [finished["audioUrl"]], "terminal": True}]
     ),
     "The status word is unknown": Case(status=[{"status": "Warming up"}] * 3),
+    "The status word is unknown, with an error": Case(rejected("moderated"), says="The provider's own words."),
+    "The job is said to be at its end, without audio": Case([{"status": "pending", "terminal": True}], says="the end"),
+    "The job is said to be at its end, with audio": Case(
+        lambda finished: [{"status": "ready", "terminal": True, "data": {"url": finished["audioUrl"]}}]
+    ),
     "The audio is already saved": Case(saved_before=True),
     "The job ends in an error with a code": Case(rejected(code="voice-unavailable"), says="The provider's own words."),
     "The job ends in an error without a code": Case(rejected(), says="The provider's own words."),
@@ -213,6 +218,9 @@ CASES = {
     "The job ends as canceled": Case([{"status": "canceled"}], says="gave no reason"),
     "The content is rejected by its code": Case(
         rejected(code="content_policy_violation"), says="The provider's own words."
+    ),
+    "The content is rejected by its message": Case(
+        [{"status": "error", "error": "CONTENT_POLICY_VIOLATION"}], says="CONTENT_POLICY_VIOLATION"
     ),
     "The content is rejected by its status word": Case(
         rejected("content_policy_violation"), says="The provider's own words."

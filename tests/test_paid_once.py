@@ -952,3 +952,40 @@ async def payloads_where(field: str, value: str) -> list[tuple[str, dict[str, An
     found = await eventually(all_events)
     about = [event for event in found if event["payload"].get(field) == value]
     return [(event["event"].rpartition(".")[2], event["payload"]) for event in about]
+
+
+async def test_a_whole_that_is_paid_for_is_fetched_although_it_was_to_be_split_before(
+    say: dict[str, Any], sandbox: Sandbox
+) -> None:
+    text = "\n\n".join(PARAGRAPHS)
+    sandbox.on_submit([Answer(402, {"error": "No money."})] * 3)
+    with pytest.raises(ProviderError):
+        await text_to_speech(text, **say, max_chars=20)
+    audio = await text_to_speech(text, **say, max_chars=5_000)
+    Path(audio.location).unlink()
+
+    again = await text_to_speech(text, **say)
+
+    assert again.sha256 == audio.sha256
+    assert len(sandbox.ledger.charges) == 1
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        {"status": "moderated", "error": "Not now."},
+        {"status": "pending", "terminal": True},
+        {"status": "gone", "terminal": True},
+    ],
+)
+async def test_an_end_in_words_that_are_not_known_is_not_paid_for_again_unasked(
+    end: dict[str, Any], say: dict[str, Any], sandbox: Sandbox
+) -> None:
+    sandbox.on_status(None, [end] * 2)
+    for _ in range(2):
+        state = await text_to_speech("What became of it?", **say, return_state=True)
+        assert state.name == "TTS_FAILED"
+        assert "To pay for the text anew" in str(state.message)
+
+    assert await text_to_speech("What became of it?", **say)
+    assert len(sandbox.ledger.charges) == 1

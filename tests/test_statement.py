@@ -372,7 +372,7 @@ class TestTotals:
 class TestDamage:
     @pytest.mark.parametrize(
         ("state", "outcome", "unpriced"),
-        [("saved", "saved", 1), ("sent", "saved", 0), ("answer", "uncertain", 1), ("over", "refused", 0)],
+        [("saved", "unreadable", 1), ("sent", "saved", 0), ("answer", "uncertain", 1), ("over", "refused", 0)],
     )
     async def test_a_torn_note_is_said_and_hides_no_other(
         self, state: str, outcome: str, unpriced: int, sandbox: Sandbox, say: dict[str, Any], tmp_path: Path
@@ -388,7 +388,7 @@ class TestDamage:
 
         done = run("ledger", say["save_to"], "--json", cwd=tmp_path)
 
-        assert done.returncode == 0
+        assert done.returncode == (1 if outcome == "unreadable" else 0)
         jobs = [BoughtJob.model_validate(job) for job in json.loads(done.stdout)["jobs"]]
         [torn] = [job for job in jobs if job.text != "Sound."]
         assert (torn.outcome, torn.tries, torn.unpriced) == (outcome, 1, unpriced)

@@ -645,3 +645,17 @@ def silences(path: Path) -> list[tuple[float, float]]:
     is_loud = [max(map(abs, samples[at : at + step])) > 300 for at in range(0, len(samples), step)]
     runs = re.finditer("0{30,}", "".join("01"[loud] for loud in is_loud).rstrip("0"))
     return [(run.start() / 100, run.end() / 100) for run in runs]
+
+
+async def test_subtitles_go_with_their_audio_when_another_text_takes_its_name(
+    credentials: NanoGPTCredentials, save_to: str, quick: PollSchedule
+) -> None:
+    said = {"credentials": credentials, "save_to": save_to, "poll": quick, "name": "x"}
+    await text_to_speech("The first text.", subtitles="srt", **said)
+    await text_to_speech("The second text is much longer than the first one.", **said)
+
+    names = {path.name for path in files_in(save_to)}
+    [kept] = [name for name in names if name.endswith(".srt")]
+    assert names == {"x.mp3", kept.replace(".srt", ".mp3"), kept}
+    assert kept != "x.srt"
+    assert "The first text." in (Path(save_to) / kept).read_text()

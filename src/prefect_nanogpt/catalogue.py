@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final, NamedTuple
 
 from prefect_nanogpt.models import AudioModel, TTSRequest, perhaps
 
-__all__ = ["Doubts", "doubts_about"]
+__all__ = ["Doubts", "doubts_about", "too_long"]
 
 CLONED_VOICE: Final = re.compile(r"[A-Za-z][A-Za-z0-9]{7,}")
 """The ids that NanoGPT documents for voices that were cloned with MiniMax. The catalogue does not have them."""
@@ -48,6 +49,17 @@ def doubts_about(requests: Iterable[TTSRequest], catalogue: Iterable[AudioModel]
         if container is not None:
             formats.update(dict.fromkeys(_against_format(model, container.lower(), found)))
     return Doubts(list(names), list(formats))
+
+
+def too_long(requests: Iterable[TTSRequest], catalogue: Iterable[AudioModel] | None) -> list[str]:
+    """Find texts that are longer than their model takes by the catalogue, and give a sentence for each model."""
+    longest = {model.id: model.max_chars for model in catalogue or () if model.max_chars}
+    counts = Counter(one.model for one in requests if len(one.text) > longest.get(one.model, len(one.text)))
+    return [
+        f"{count} {'text is' if count == 1 else 'texts are'} longer than {model} takes by the catalogue "
+        f"({longest[model]:,} characters), and may be refused."
+        for model, count in counts.items()
+    ]
 
 
 def _against_names(model: str, voice: str | None, known: Mapping[str, AudioModel]) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """The command line: `prefect-nanogpt say`, `batch`, `wait`, `models`, `voices`, `balance`, `ledger`, `listen`, `serve`,
 `deploy` and `sandbox`.
 
-What is being done goes to standard error; standard output gets the location of the audio, or of the manifest of a
-batch, or what `ledger` tells, and nothing else.
+What is being done goes to standard error. Standard output gets the location of the audio, or of the manifest of a
+batch, or what was asked for (`models`, `voices`, `balance`, `ledger`, `--dry-run`), and nothing else.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import httpx
 from cyclopts import App, CycloptsError, Parameter, validators
 from prefect.exceptions import ParameterTypeError
 from prefect.logging.configuration import setup_logging
-from pydantic import SecretStr, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from rich.status import Status
 from rich.text import Text
 
@@ -37,13 +37,11 @@ import prefect_nanogpt.tasks
 from prefect_nanogpt import NanoGPTCredentials, __version__
 from prefect_nanogpt.accounting import ledger
 from prefect_nanogpt.client import INVALID_CREDENTIALS
-from prefect_nanogpt.credentials import find_credentials
 from prefect_nanogpt.deploying import deploy, serve
 from prefect_nanogpt.errors import (
     AudioError,
     BatchPartial,
     ContentPolicyViolation,
-    CredentialsError,
     NanoGPTError,
     SubmissionUncertain,
     TTSJobRejected,
@@ -72,21 +70,18 @@ from prefect_nanogpt.models import (
 from prefect_nanogpt.playing import DESKTOP
 from prefect_nanogpt.playing import play as play_audio
 from prefect_nanogpt.pronunciation import read_pronunciation
-from prefect_nanogpt.sandbox import Sandbox
 from prefect_nanogpt.sandbox import serve as serve_sandbox
 from prefect_nanogpt.shell import (
     JOB_FAILED,
-    NO_KEY,
     PREFECT_FAILED,
     Port,
     UsageError,
     Words,
     check_environment,
     console,
+    credentials_or_sandbox,
     prefect_api,
     prefect_failed,
-    refuse_if_given,
-    say_if_it_hums,
     stop,
 )
 from prefect_nanogpt.storage import Destination, absolute
@@ -186,11 +181,8 @@ class JobOptions:
     @property
     def of_an_estimate(self) -> dict[str, Any]:
         """Give what an estimate takes of them."""
-        return {
-            name: value
-            for name, value in self.parameters.items()
-            if name not in ("timeout_seconds", "max_cost", "subtitles")
-        }
+        given = self.parameters
+        return {name: given[name] for name in given if name not in ("timeout_seconds", "subtitles")}
 
 
 @app.command
@@ -486,15 +478,7 @@ def _run(flow_run: Callable[[NanoGPTCredentials], Awaitable[str]], save_to: str)
 
     async def run() -> str:
         with ExitStack() as stack:
-            try:
-                credentials = await find_credentials()
-            except CredentialsError as error:
-                refuse_if_given(error)
-                sandbox = stack.enter_context(Sandbox())
-                say_if_it_hums(sandbox)
-                credentials = NanoGPTCredentials(api_key=SecretStr("sandbox"), base_url=sandbox.base_url)
-                console.print(NO_KEY)
-            return await flow_run(credentials)
+            return await flow_run(await credentials_or_sandbox(stack))
 
     return _run_tracked(run, save_to)
 
@@ -570,13 +554,13 @@ def _how_to_go_on(error: NanoGPTError, save_to: str) -> str | None:
             return _to_resubmit("submit it anew, and perhaps pay twice", "uncertain", save_to)
         case ContentPolicyViolation():
             return None
-        case TTSJobRejected():
+        case TTSJobRejected(is_certain=True):
             return None if _is_about_a_ticket() else f"To submit the text anew, and pay for it again:\n{again}"
         case _ if _is_about_a_ticket() and (error.ticket is not None or error.retryable):
             return _to_go_on(save_to)
         case _ if error.ticket is not None:
             how_to = _to_go_on(save_to)
-            if error.http_status == httpx.codes.NOT_FOUND:
+            if error.http_status == httpx.codes.NOT_FOUND or isinstance(error, TTSJobRejected):
                 how_to += "\n" + _to_resubmit("submit the text anew, and pay for it again", "lost", save_to)
             return how_to
         case AudioError() if not error.retryable and error.code != "AUDIO_NOT_JOINABLE":

@@ -297,6 +297,7 @@ class NanoGPTClient:
         self._api_gate = asyncio.Semaphore(REQUESTS_AT_ONCE)
         self._audio_gate = asyncio.Semaphore(DOWNLOADS_AT_ONCE)
         self._catalogue_lock = asyncio.Lock()
+        self._no_catalogue: tuple[float, ProviderError | None] = (0.0, None)
 
     async def __aenter__(self) -> Self:
         return self
@@ -491,19 +492,27 @@ class NanoGPTClient:
     async def list_models(self) -> list[AudioModel]:
         """Read the provider's catalogue of audio models (`GET /v1/audio-models`), at most every five minutes.
 
-        Its prices and models change, so this process keeps it for minutes only. It has rows that are no speech: see
-        `AudioModel.kind`.
+        Its prices and models change, so this process keeps it for minutes only; that it could not be read, this client
+        does. It has rows that are no speech: see `AudioModel.kind`.
 
         Raises:
             ProviderError: The catalogue could not be read.
         """
         async with self._catalogue_lock:
             read_at, models = _catalogues.get(self.base_url, (-math.inf, []))
-            if time.monotonic() - read_at > CATALOGUE_KEPT_SECONDS:
-                params = {"detailed": "true", "type": "tts"}
-                bounds = LARGEST_CATALOGUE_BYTES, LONGEST_CATALOGUE_SECONDS
+            if time.monotonic() - read_at <= CATALOGUE_KEPT_SECONDS:
+                return models
+            failed_at, failure = self._no_catalogue
+            if failure is not None and time.monotonic() - failed_at <= CATALOGUE_KEPT_SECONDS:
+                raise failure
+            params = {"detailed": "true", "type": "tts"}
+            bounds = LARGEST_CATALOGUE_BYTES, LONGEST_CATALOGUE_SECONDS
+            try:
                 models = await self._read_from("GET", "/v1/audio-models", parse_models, *bounds, params=params)
-                _catalogues[self.base_url] = time.monotonic(), models
+            except ProviderError as error:
+                self._no_catalogue = time.monotonic(), error
+                raise
+            _catalogues[self.base_url] = time.monotonic(), models
             return models
 
     async def find_model(self, model: str) -> AudioModel | None:

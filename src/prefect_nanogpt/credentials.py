@@ -343,7 +343,11 @@ def _address(base_url: str) -> str:
 
 def _provider_at(base_url: str) -> str:
     address = _address(base_url)
-    return DEFAULT_BASE_URL if address.lower() == OTHER_BASE_URL else address
+    with suppress(httpx.InvalidURL, ValueError):
+        parsed = httpx.URL(address)  # which writes the host small, and leaves the usual port out
+        if f"{parsed.scheme}://{parsed.netloc.decode()}{parsed.path}" in (DEFAULT_BASE_URL, OTHER_BASE_URL):
+            return DEFAULT_BASE_URL
+    return address
 
 
 async def _saved_or_found(credentials: NanoGPTCredentials | str | None) -> NanoGPTCredentials:

@@ -156,7 +156,14 @@ class NothingSent(ProviderError):
 
 
 class TTSJobRejected(NanoGPTError):
-    """The provider gave up on a job: it will never have audio. `ticket` says which."""
+    """The provider gave up on a job: it will never have audio. `ticket` says which.
+
+    Attributes:
+        is_certain: Whether the provider's status word is known to mean that. Where it is not, and the answer only looks
+            like an end, nothing is submitted anew unasked.
+    """
+
+    is_certain: bool = True
 
 
 class ContentPolicyViolation(TTSJobRejected):

@@ -475,8 +475,11 @@ async def _until_completed(ticket: Ticket, terms: Terms, steps: Steps, poll_at_o
         ) from None
     status = outcome.status
     if isinstance(status, Rejected):
-        kind = ContentPolicyViolation if status.is_content_policy else TTSJobRejected
-        raise kind(status.message, code=status.code)
+        rejected = (ContentPolicyViolation if status.is_content_policy else TTSJobRejected)(
+            status.message, code=status.code
+        )
+        rejected.is_certain = status.is_certain
+        raise rejected
     assert isinstance(status, Completed)
     return Outcome(status, outcome.polls, outcome.seconds)
 
@@ -506,7 +509,11 @@ def _note_end(job: Job, terms: Terms, known: Submitted, error: NanoGPTError, is_
         case TTSJobRejected():
             # What was saved once, and is gone, is not submitted anew unasked.
             saved = terms.ledger.entry(job.id).saved
-            over = "lost" if any(number == saved_number for saved_number, _ in saved) else "failed"
+            is_gone = any(number == saved_number for saved_number, _ in saved)
+            over = "lost" if is_gone or not error.is_certain else "failed"
+            if not error.is_certain:
+                error.message += " Another run asks for the job again, at no cost."
+                error.message += f" To pay for the text anew, {RESUBMIT}lost." if job.ticket is None else ""
         case ProviderError(http_status=404) if ticket is not None:
             over = "lost"
             error.message += " The provider does not know this job, or no longer."

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import ExitStack
 from decimal import Decimal
 from typing import Annotated, Any, Final, TypeVar
 
 from cyclopts import Parameter
-from pydantic import SecretStr
+from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from prefect_nanogpt import NanoGPTCredentials
 from prefect_nanogpt.client import NanoGPTClient
 from prefect_nanogpt.credentials import find_credentials
-from prefect_nanogpt.errors import CredentialsError
 from prefect_nanogpt.models import AudioModel, Balance, plain
-from prefect_nanogpt.sandbox import Sandbox
-from prefect_nanogpt.shell import NO_KEY, Words, check_environment, console, prefect_api, refuse_if_given, stop
+from prefect_nanogpt.shell import (
+    Words,
+    check_environment,
+    console,
+    credentials_or_sandbox,
+    prefect_api,
+    stop,
+)
 from prefect_nanogpt.tasks import estimate
-from prefect_nanogpt.tasks.estimates import ModelEstimate
+from prefect_nanogpt.tasks.estimates import Estimate, ModelEstimate
 
 __all__ = ["balance", "dry_run", "models", "voices"]
 
@@ -42,11 +47,17 @@ def models(*, as_json: AsJson = False) -> int:
     Args:
         as_json: Print JSON, for programs.
     """
-    found = _ask_client(NanoGPTClient.list_models)
+    found = _ask_provider(NanoGPTClient.list_models)
     if as_json:
         _print_json(found)
         return 0
-    table = Table("Model", "Kind", "USD per 1,000 characters", "USD per job", "Longest text", "Voices", "Formats")
+    table = Table(
+        Column("Model", no_wrap=True),
+        *(Column(name, justify="right") for name in ("USD per 1,000", "USD per job", "Longest text", "Voices")),
+        Column("Kind", no_wrap=True),
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     kinds = ("speech", "music", "clone", "other")
     for model in sorted(found, key=lambda model: (kinds.index(model.kind), model.id.lower())):
         table.add_row(*map(Text, _cells(model)))
@@ -59,12 +70,11 @@ def _cells(model: AudioModel) -> list[str]:
     has_price = model.usd_per_thousand_chars is not None or model.usd_per_generation is not None
     return [
         model.id,
-        model.kind,
         _amount(model.usd_per_thousand_chars) if has_price else UNKNOWN,
         _amount(model.usd_per_generation),
         f"{model.max_chars:,}" if model.max_chars else "",
         str(len(model.voices) or ""),
-        ", ".join(model.response_formats),
+        model.kind,
     ]
 
 
@@ -75,7 +85,7 @@ def voices(model: Words, *, as_json: AsJson = False) -> int:
         model: The model id.
         as_json: Print JSON, for programs.
     """
-    found = _ask_client(lambda client: client.list_voices(model))
+    found = _ask_provider(lambda client: client.list_voices(model))
     if as_json:
         _print_json(found)
     elif found:
@@ -91,7 +101,7 @@ def balance(*, as_json: AsJson = False) -> int:
     Args:
         as_json: Print JSON, for programs.
     """
-    found = _ask_client(NanoGPTClient.get_balance)
+    found = _ask_provider(NanoGPTClient.get_balance)
     if as_json:
         _print_json(found)
         return 0
@@ -101,12 +111,16 @@ def balance(*, as_json: AsJson = False) -> int:
 
 def dry_run(text: str | None = None, **parameters: Any) -> int:
     """Show what a text or a batch would cost, for `say --dry-run` and `batch --dry-run`."""
-    found = _ask(lambda credentials: estimate.fn(text, credentials=credentials, **parameters))
+
+    async def ask() -> Estimate:
+        with ExitStack() as stack:
+            return await estimate.fn(text, credentials=await credentials_or_sandbox(stack), **parameters)
+
+    found = _ask(ask)
     held = f", {found.held_jobs} held back (uncertain, lost or refused)" if found.held_jobs else ""
     more = " and what is not known" if any(model.usd is None for model in found.models) else ""
     spent = ", ".join(f"{_amount(cost)} {unit}" for unit, cost in found.spent.items())
-    table = Table.grid("", "", padding=(0, 2))
-    for name, value in [
+    lines = [
         ("Lines", f"{found.lines:,}, with {found.characters:,} characters"),
         ("Jobs", f"{found.jobs:,}: {found.paid_jobs:,} paid for, {found.new_jobs:,} to be submitted{held}"),
         *((model.model, _price_of(model)) for model in found.models),
@@ -115,9 +129,10 @@ def dry_run(text: str | None = None, **parameters: Any) -> int:
         ("Balance", _balance(found.balance).replace("\n", ", ")),
         *(("Not known", what) for what in found.unknown),
         *(("Warning", what) for what in found.warnings),
-    ]:
-        table.add_row(Text(name), Text(value))
-    _print(table)
+    ]
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        print(f"{name:{width}}  {value}")
     console.print("Nothing was submitted.")
     return 0
 
@@ -137,34 +152,27 @@ def _balance(found: Balance | None) -> str:
     return "\n".join(f"{UNKNOWN if amount is None else _amount(amount)} {currency}" for amount, currency in amounts)
 
 
-def _ask_client(question: Callable[[NanoGPTClient], Awaitable[R]]) -> R:
-    async def ask(credentials: NanoGPTCredentials) -> R:
-        async with credentials.get_client() as client:
+def _ask_provider(question: Callable[[NanoGPTClient], Awaitable[R]]) -> R:
+    """Ask the provider, and nobody in its place: what a sandbox answers would be taken for the account."""
+
+    async def ask() -> R:
+        async with (await find_credentials()).get_client() as client:
             return await question(client)
 
     return _ask(ask)
 
 
-def _ask(question: Callable[[NanoGPTCredentials], Awaitable[R]]) -> R:
-    """Ask the provider with the credentials that there are, or else the sandbox."""
-
-    async def ask() -> R:
-        with ExitStack() as stack:
-            try:
-                credentials = await find_credentials()
-            except CredentialsError as error:
-                refuse_if_given(error)
-                sandbox = stack.enter_context(Sandbox(speak=False))
-                credentials = NanoGPTCredentials(api_key=SecretStr("sandbox"), base_url=sandbox.base_url)
-                console.print(NO_KEY)
-            return await question(credentials)
-
+def _ask(question: Callable[[], Coroutine[Any, Any, R]]) -> R:
+    """Ask something, where Prefect can be asked for a key that the environment does not have."""
     check_environment()
     logging.getLogger("prefect.nanogpt").setLevel(logging.WARNING)
     with ExitStack() as stack:
-        if not os.environ.get("NANOGPT_API_KEY", "").strip():  # there may be a key in a block of Prefect's
+        if not os.environ.get("NANOGPT_API_KEY", "").strip():  # there may be one in a block
             stack.enter_context(prefect_api())
-        return stop.run(ask)
+        try:
+            return stop.run(question)
+        except asyncio.CancelledError:
+            raise SystemExit(128 + (stop.number or 0)) from None
 
 
 def _amount(amount: Decimal | None) -> str:

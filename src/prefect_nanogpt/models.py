@@ -15,6 +15,7 @@ from decimal import Decimal
 from difflib import get_close_matches
 from enum import Enum
 from functools import lru_cache
+from itertools import chain
 from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
 
 from pydantic import (
@@ -69,8 +70,10 @@ DEFAULT_MODEL: Final = "Elevenlabs-Turbo-V2.5"
 _SUCCESS_WORDS: Final = frozenset({"completed", "succeeded"})
 _FAILURE_WORDS: Final = frozenset({"error", "failed", "cancelled", "canceled", "content_policy_violation"})
 _KNOWN_WORDS: Final = _SUCCESS_WORDS | {"pending", "processing", "queued", "in_queue", "in_progress"}
-_POLICY: Final = re.compile(r"\W*content[_\s-]policy[_\s-]violation(?![a-z])", re.IGNORECASE)
-"""A message that begins with the code of a refusal."""
+_POLICY: Final = re.compile(
+    r"\W*(content[_-]policy[_-]violation(?![a-z])|content policy violation\s*([:.!]|$))", re.IGNORECASE
+)
+"""A message that begins with the code of a refusal, or with its words as one part of it."""
 LONGEST_MESSAGE: Final = 2_000
 """How much of the provider's words is kept, in characters: they become state messages."""
 LONGEST_WORD: Final = 200
@@ -87,6 +90,8 @@ _TERMINAL_SEQUENCE: Final = re.compile(
     r"|\x1b[ -/]*[0-~]"
 )
 """What terminals obey: colours and movements, titles and links, and the rest of what ESC begins."""
+_CLONES: Final = re.compile(r"(?<![a-z])clon")
+_NAME_KEYS: Final = ("id", "voice_id", "voice", "value", "name")
 _ZERO_BYTE: Final = re.compile(rb"(?<!\\)(\\\\)*\\u0000")
 """As JSON has it: not the one whose backslash is itself escaped."""
 _JOINERS: Final = "\u200c\u200d"
@@ -458,12 +463,14 @@ class Rejected(BaseModel):
     Attributes:
         code: The provider's code in upper case, `TTS_FAILED` where it gave none.
         message: The provider's own words.
+        is_certain: Whether the status word is one that is known to mean this.
     """
 
     model_config = ConfigDict(frozen=True)
 
     code: str = TTS_FAILED
     message: str = ""
+    is_certain: bool = True
 
     @property
     def is_content_policy(self) -> bool:
@@ -603,16 +610,18 @@ def parse_status(body: Mapping[str, Any]) -> TTSStatus:
     if not (word or is_end):
         raise ValueError("the answer has no status")
     code, message = error_in(body)
-    has_error = isinstance(body.get("error"), str | Mapping) and bool(code or message)
-    if word in _FAILURE_WORDS or (has_error and word not in _KNOWN_WORDS):
+    if word in _FAILURE_WORDS:
         if code is None and word == "content_policy_violation":
             code = CONTENT_POLICY_VIOLATION
         return Rejected(code=code or TTS_FAILED, message=message or "The provider gave no reason.")
+    if word not in _KNOWN_WORDS and any(error_in({"error": body.get("error")})):
+        reason = f"{message or 'The provider gave no reason.'} (The status is {word!r}, which is not known.)"
+        return Rejected(code=code or TTS_FAILED, message=reason, is_certain=code == CONTENT_POLICY_VIOLATION)
     if (is_end or word in _SUCCESS_WORDS) and (completed := _completed(body)):
         return completed
     if is_end and word not in _SUCCESS_WORDS:
         reason = message or f"The provider says that this is the end, with the status {word!r} and without audio."
-        return Rejected(code=code or TTS_FAILED, message=reason)
+        return Rejected(code=code or TTS_FAILED, message=reason, is_certain=code == CONTENT_POLICY_VIOLATION)
     position = body.get("queuePosition")
     is_one = type(position) is int and 0 <= position <= MOST_IN_QUEUE
     return Pending(word=word, queue_position=position if is_one else None)
@@ -659,6 +668,8 @@ def parse_models(body: Mapping[str, Any]) -> list[AudioModel]:
         with suppress(ValidationError):
             if isinstance(row, Mapping) and (model := _model_in(row)).id not in models:
                 models[model.id] = model
+    if not models:
+        raise ValueError("the list of models is empty")
     return list(models.values())
 
 
@@ -700,9 +711,10 @@ def _kind_of(row: Mapping[str, Any]) -> str:
         return "music"
     if says_speech is True:
         return "speech"
-    if "clon" in category or "clon" in model or (makes_voices and category != "audio_tts"):
+    is_tts = category in ("audio_tts", "tts", "text-to-speech", "text_to_speech")
+    if _CLONES.search(f"{category} {model}") or (makes_voices and not is_tts):
         return "clone"
-    if category == "audio_tts":
+    if is_tts:
         return "speech"
     if "music" in model:
         return "music"
@@ -712,10 +724,11 @@ def _kind_of(row: Mapping[str, Any]) -> str:
 def _names_in(listed: object) -> tuple[str, ...]:
     """List the names that a parameter can have, each once, whether they are texts, or objects that have them."""
     if isinstance(listed, Mapping):
-        listed = listed.get("values") or list(listed)
+        groups = [group for group in listed.values() if isinstance(group, list)]  # such as those of a language each
+        listed = listed["values"] if "values" in listed else [*chain(*groups)] if groups else list(listed)
     names: dict[str, None] = {}
     for item in listed if isinstance(listed, list) else ():
-        name = next((item[key] for key in ("id", "name") if item.get(key)), None) if isinstance(item, Mapping) else item
+        name = next(filter(None, map(item.get, _NAME_KEYS)), None) if isinstance(item, Mapping) else item
         if isinstance(name, str) and (name := one_line(name, LONGEST_WORD)):
             names[name] = None
     return tuple(names)

@@ -25,12 +25,15 @@ YES: Final = frozenset({"yes", "true", "1", "x"})
 NO: Final = frozenset({"", "no", "false", "0"})
 SHOWN: Final = 60
 PROBLEMS_SHOWN: Final = 20
+LONGEST_WORD: Final = 100
 LONGEST_SAY: Final = 1_000
 """Of what is said for one word, in characters."""
 UNSPACED: Final = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
 """Scripts that put no space between words, as a part of a pattern: Thai, Lao, Burmese, Khmer, kana, Han."""
+FLAGS: Final = "\U0001f1e6-\U0001f1ff"
+SKINS: Final = "\U0001f3fb-\U0001f3ff"
 
 
 class _Entry(NamedTuple):
@@ -138,7 +141,8 @@ class Pronunciation:
     def _at(self, tokens: list[_Token], index: int) -> tuple[int, str]:
         """Find the longest word that begins with a token: how many tokens it has, and what to say for it."""
         for count, keeps_case in self._kinds.get(tokens[index].folded, ()):
-            if say := self._says.get(_key(tokens[index : index + count], keeps_case)):
+            its = tokens[index : index + count]
+            if len(its) == count and (say := self._says.get(_key(its, keeps_case))):
                 return count, say
         return 0, ""
 
@@ -216,8 +220,8 @@ def _entry(fields: Mapping[str, Any]) -> _Entry:
     if unknown := sorted(fields.keys() - {*COLUMNS, CASE}):
         raise ValueError(f"{unknown[0]!r} is unknown: there are word, say and case")
     word, say = (_text(fields.get(name), name) for name in COLUMNS)
-    if len(say) > LONGEST_SAY:
-        raise ValueError(f"what to say is longer than {LONGEST_SAY} characters")
+    if len(word) > LONGEST_WORD or len(say) > LONGEST_SAY:
+        raise ValueError(f"word has at most {LONGEST_WORD} characters, and say {LONGEST_SAY}")
     case = str(fields.get(CASE) or "").strip().casefold()
     if case not in YES | NO:
         raise ValueError(f"case: {case[:SHOWN]!r} is neither yes nor no")
@@ -240,11 +244,12 @@ def _key(tokens: Iterable[_Token], keeps_case: bool) -> _Key:
 def _tokens(text: str) -> Iterator[_Token]:
     for found in _pattern().finditer(text):
         exact = found[0]
-        if not exact.isascii():
-            exact = unicodedata.normalize("NFC", exact).replace("\u2019", "'")
-        elif exact.isspace():
+        if exact.isspace():
             exact = " "
-        yield _Token(found.start(), found.end(), " " if exact.isspace() else exact, exact.casefold())
+        elif not exact.isascii():
+            # The selector of an emoji's looks makes no difference, nor does the shape of an apostrophe.
+            exact = unicodedata.normalize("NFC", exact).replace("\u2019", "'").replace("\ufe0f", "")
+        yield _Token(found.start(), found.end(), exact, exact.casefold())
 
 
 @cache
@@ -254,7 +259,9 @@ def _pattern() -> re.Pattern[str]:
     letter = rf"(?:[^\W{UNSPACED}]|[{marks}])"
     # A number is one word, so that nothing is said for the 3 of 3.50.
     word = rf"{letter}(?:{letter}+|(?<=\d)[.,](?=\d))*"
-    return re.compile(rf"[{UNSPACED}][{marks}]*|{word}|\s+|.[{marks}]*", re.DOTALL)
+    # A flag, a hand with its colour and a family are one sign each.
+    sign = rf"[{FLAGS}]{{2}}|.(?:\u200d[^\w\s]|[{marks}{SKINS}])*"
+    return re.compile(rf"[{UNSPACED}][{marks}]*|{word}|\s+|{sign}", re.DOTALL)
 
 
 def _marks() -> str:

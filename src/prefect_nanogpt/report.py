@@ -298,6 +298,8 @@ class Report:
                     else "The ticket came without its cost, which the provider's automatic refund is said to go by."
                 )
                 return f"The provider refused the text, and would refuse the same text again. {refund}"
+            case TTSJobRejected(is_certain=False):
+                return "The job was paid for. The provider says that this is its end, in words that are not known."
             case TTSJobRejected():
                 return (
                     "The provider gave up on the job. Whether it refunds such a failure is not documented; your "
@@ -420,4 +422,5 @@ def _how_to_resume(ticket: Ticket, save_to: str) -> str:
 def _is_open(error: NanoGPTError, ticket: Ticket | None) -> bool:
     """Whether another run may get the audio of what is paid for."""
     is_only_answer = isinstance(error, AudioError) and ticket is None and not error.retryable
-    return not (is_only_answer or isinstance(error, TTSJobRejected | SubmissionUncertain))
+    has_ended = isinstance(error, TTSJobRejected) and error.is_certain
+    return not (is_only_answer or has_ended or isinstance(error, SubmissionUncertain))

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -27,10 +27,11 @@ import httpx
 from cyclopts import Parameter, validators
 from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+from pydantic import SecretStr
 from rich.console import Console
 
 from prefect_nanogpt.client import problem_with_base_url
-from prefect_nanogpt.credentials import WHERE_KEYS_ARE, find_credentials
+from prefect_nanogpt.credentials import WHERE_KEYS_ARE, NanoGPTCredentials, find_credentials
 from prefect_nanogpt.errors import CredentialsError, NanoGPTError, without_login
 from prefect_nanogpt.ledger import Ledger
 from prefect_nanogpt.listening import listener_on
@@ -49,6 +50,7 @@ __all__ = [
     "check_environment",
     "check_port",
     "console",
+    "credentials_or_sandbox",
     "free_port",
     "prefect_api",
     "prefect_failed",
@@ -326,6 +328,22 @@ def check_environment() -> None:
             raise UsageError(f"NANOGPT_LEDGER: {error.message.replace('save_to', 'it', 1)}") from None
         except OSError as error:
             raise UsageError(f"NANOGPT_LEDGER: {without_login(place)} cannot be used: {error}") from None
+
+
+async def credentials_or_sandbox(stack: ExitStack) -> NanoGPTCredentials:
+    """Find the credentials that there are, or else those of a sandbox that lasts as long as the stack, and say so.
+
+    Raises:
+        UsageError: What was given cannot be used.
+    """
+    try:
+        return await find_credentials()
+    except CredentialsError as error:
+        refuse_if_given(error)
+    sandbox = stack.enter_context(Sandbox())
+    say_if_it_hums(sandbox)
+    console.print(NO_KEY)
+    return NanoGPTCredentials(api_key=SecretStr("sandbox"), base_url=sandbox.base_url)
 
 
 def refuse_if_given(error: CredentialsError) -> None:

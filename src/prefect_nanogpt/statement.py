@@ -257,7 +257,8 @@ def _job(ledger: Ledger, entry: Entry) -> BoughtJob | None:
     job = BoughtJob(
         outcome=outcome,
         at=max(filter(None, (_time(note) for states in notes.values() for note in states.values())), default=None),
-        model=_words(ticket.model if ticket else about.get("model")),
+        # A ticket may name it as the provider behind does.
+        model=_words(about.get("model") or (ticket.model if ticket else None)),
         text=_words(about.get("text")),
         kind=kind,
         run_id=ticket.run_id if ticket else None,
@@ -293,7 +294,7 @@ def _outcome(ledger: Ledger, entry: Entry, latest: Mapping[str, Mapping[str, Any
         return "uncertain" if ledger.submission(entry) is None else "open"
     if entry.is_in_the_air:
         return "sending" if ledger.may_still_be_answered(entry) else "uncertain"
-    return "saved"
+    return "saved" if any(note for state, note in latest.items() if state.startswith("saved-")) else "unreadable"
 
 
 def _kind(notes: Notes) -> Literal["text", "part", "whole", "ticket"]:
@@ -439,6 +440,7 @@ def totals_of(jobs: Iterable[BoughtJob]) -> list[Total]:
         )
         for (provider, by, name, flow_run_id), of_group in charges.items()
     ]
+    totals.sort(key=lambda total: total.name if total.by == "day" else "", reverse=True)  # the latest first
     return sorted(totals, key=lambda total: (total.provider or "", order.index(total.by)))
 
 

@@ -90,6 +90,8 @@ PUBLIC_URL: Final = "NANOGPT_PUBLIC_URL"
 PUBLIC_URL_FIELDS: Final = frozenset({"path", "bucket", "name"})
 LONGEST_SIGNATURE: Final = timedelta(days=7)
 """What S3 and Google allow."""
+SUBTITLES: Final = ("srt", "vtt")
+"""The extensions of what has the name of the audio and goes where it goes."""
 _OTHER_TYPES: Final = {"jsonl": "application/jsonl", "srt": "application/x-subrip", "vtt": "text/vtt"}
 _AUDIO_NAME: Final = re.compile(rf"\.({'|'.join(EXTENSIONS)})$", re.IGNORECASE)
 
@@ -792,7 +794,7 @@ class Destination:
                     if old != sha256 and not self.displaces:
                         return self._move(part, kept_name(wanted, sha256))
                     if old != sha256:
-                        self.fs.mv(f"{self.root}/{name}", f"{self.root}/{kept_name(name, old)}")
+                        self._keep(name, old)
             if not self.is_local or is_there:
                 return self._move(part, wanted)
             try:
@@ -805,6 +807,13 @@ class Destination:
                 return self._move(part, wanted)
             _sync_folder(Path(self.root))
             return f"{self.root}/{wanted}"
+
+    def _keep(self, name: str, sha256: str) -> None:
+        """Move audio that is displaced aside, and its subtitles with it."""
+        stem = name.rpartition(".")[0]
+        beside = {f"{stem}.{extension}" for extension in SUBTITLES} & self.list_files(f"{stem}.").keys()
+        for one in [name, *sorted(beside)]:
+            self.fs.mv(f"{self.root}/{one}", f"{self.root}/{kept_name(one, sha256)}")
 
     def _move(self, part: Path, name: str) -> str:
         path = f"{self.root}/{name}"

@@ -18,7 +18,7 @@ from prefect_nanogpt.ledger import Entry, Job, Ledger, Plan
 from prefect_nanogpt.long_text import LEAST_PART, spans, units
 from prefect_nanogpt.models import AudioFile, Completed, Ticket
 from prefect_nanogpt.report import Report, only_to_look_at
-from prefect_nanogpt.tasks.catalogue import check_names
+from prefect_nanogpt.tasks.catalogue import NOT_IN_CATALOGUE, check_names
 from prefect_nanogpt.tasks.join import bytes_of
 from prefect_nanogpt.tasks.say import PlainSteps, say_in_one_task
 
@@ -27,6 +27,8 @@ __all__ = ["longest_part", "parts_of", "plan_of", "say_in_parts", "timed_parts"]
 EVERY_MODEL_TAKES: Final = 500
 """In characters. The least that the provider's catalogue was seen to name is 512."""
 PARTS_AT_ONCE: Final = 8
+SUBMIT_NOTHING: Final = (COST_LIMIT_EXCEEDED, NOT_IN_CATALOGUE)
+"""What parts that are paid for are fetched in spite of."""
 REPORT_SECONDS: Final = 5.0
 
 
@@ -133,7 +135,7 @@ async def say_in_parts(
 
     async def say_part(number: int, part: Job) -> None:
         async with places:
-            if failures and not (failures[0].code == COST_LIMIT_EXCEEDED and known[part.id].is_paid):
+            if failures and not (failures[0].code in SUBMIT_NOTHING and known[part.id].is_paid):
                 return
             try:
                 said = await say_in_one_task(f"part {number} of {len(parts)}", part, terms, steps, known[part.id])
@@ -150,14 +152,10 @@ async def say_in_parts(
     await tell()
     await report.waiting()
     new = [part for part in unique.values() if would_be_submitted(known[part.id], terms.resubmit)]
-    if new:
-        await check_names([job.request], client, strict=strict)
-    budget = None
-    if max_cost is not None:
-        budget = Budget(max_cost, ledger, client)
+    budget = Budget(max_cost, ledger, client) if max_cost is not None else None
+    if budget:
         await budget.count([(part, known[part.id]) for part in unique.values()])
-        await budget.read_prices(new)
-        failures += filter(None, [budget.refusal_of(new)])
+    failures += await _refusals(job, new, client, budget, strict=strict)
     steps = PlainSteps(terms, client, budget)
     numbers = {part.id: number for number, part in reversed(list(enumerate(parts, 1)))}
     # One that breaks off must not end the client while others have submissions in the air.
@@ -182,6 +180,22 @@ def timed_parts(job: Job, ledger: Ledger) -> list[tuple[tuple[int, int], float |
         (span, ledger.seconds(entries.get(part.id) or Entry(part.id)))
         for span, part in zip(plan.spans, parts_of(job, plan), strict=True)
     ]
+
+
+async def _refusals(
+    job: Job, new: Collection[Job], client: NanoGPTClient, budget: Budget | None, *, strict: bool
+) -> list[NanoGPTError]:
+    """Say why none of the parts that are not paid for may be submitted, if there is a reason."""
+    assert job.request is not None
+    try:
+        if new:
+            await check_names([job.request], client, strict=strict)
+    except NanoGPTError as error:
+        return [error]
+    if budget is None:
+        return []
+    await budget.read_prices(new)
+    return [refusal] if (refusal := budget.refusal_of(new)) else []
 
 
 async def _join(parts: Sequence[AudioFile], job: Job, terms: Terms) -> AudioFile:

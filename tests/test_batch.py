@@ -100,7 +100,7 @@ async def test_lines_become_files_named_by_their_ids(batch: dict[str, Any], save
 async def test_nothing_is_submitted_while_a_line_is_wrong(batch: dict[str, Any], sandbox: Sandbox) -> None:
     with pytest.raises(NanoGPTError, match="INVALID_LINES: line 6: text"):
         await text_to_speech_batch([*lines_of(5), {"id": "empty", "text": " "}], **batch)
-    assert sandbox.requests("submit") == []
+    assert sandbox.requests() == []
 
 
 async def test_lines_fail_one_by_one(batch: dict[str, Any], save_to: str, sandbox: Sandbox) -> None:
@@ -343,7 +343,7 @@ class TestShards:
     async def test_a_shard_beyond_the_last_is_refused(self, batch: dict[str, Any], sandbox: Sandbox) -> None:
         with pytest.raises(NanoGPTError, match="INVALID_REQUEST: There is no shard 3 of 2"):
             await text_to_speech_batch(lines_of(4), **batch, shards=2, shard=3)
-        assert sandbox.requests("submit") == []
+        assert sandbox.requests() == []
 
     async def test_a_deployment_that_is_not_there_is_named(
         self, batch: dict[str, Any], sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch

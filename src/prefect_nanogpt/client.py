@@ -554,7 +554,7 @@ class NanoGPTClient:
         path: str,
         parse: Callable[[dict[str, Any]], R],
         largest: int = LARGEST_JSON_BYTES,
-        seconds: float = LONGEST_LOOK_SECONDS,
+        seconds: float | None = None,
         **sent: Any,
     ) -> R:
         """Read something from the API with a request that changes nothing, and parse its JSON.
@@ -565,7 +565,7 @@ class NanoGPTClient:
         try:
             request = self._api.build_request(method, f"{self.base_url}{path}", **sent)
             async with self.turn():
-                answer = await self._read(self._api, request, largest, seconds)
+                answer = await self._read(self._api, request, largest, seconds or LONGEST_LOOK_SECONDS)
         except _FAULTS as error:
             raise ProviderError(
                 f"{self.base_url} could not be reached ({self._words(error)}).", code=UNREACHABLE, retryable=True

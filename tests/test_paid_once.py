@@ -488,12 +488,12 @@ class TestAnswers:
     @pytest.mark.parametrize(
         "body",
         [
-            {"id": "98b0d593", "model": "Elevenlabs-Turbo-V2.5", "cost": 0.005},
-            {"id": "98b0d593", "message": "Your request is queued."},
-            {"id": "98b0d593", "type": "tts_job"},
+            {"jobId": "98b0d593", "model": "Elevenlabs-Turbo-V2.5", "cost": 0.005},
+            {"message": "Your request is queued."},
+            {"id": "98b0d593", "error": "Not this."},
             {"code": "content_policy_violation", "error": "Not this."},
         ],
-        ids=["an id", "a message", "a type", "a code"],
+        ids=["another id", "a message", "the id of an error", "a code"],
     )
     async def test_an_accepted_submission_without_a_run_id_is_uncertain(
         self, body: dict[str, Any], sandbox: Sandbox, say: dict[str, Any]
@@ -502,6 +502,16 @@ class TestAnswers:
         for _ in range(2):
             state = await text_to_speech.with_options(retries=2)("What is this?", **say, return_state=True)
             assert state.name == "SUBMISSION_UNCERTAIN"
+        assert len(sandbox.ledger.charges) == len(sandbox.requests("submit")) == 1
+
+    async def test_an_id_is_a_ticket_and_one_that_nobody_knows_is_not_paid_for_again(
+        self, sandbox: Sandbox, say: dict[str, Any]
+    ) -> None:
+        sandbox.on_submit([Accept(then=Answer(202, json={"id": "98b0d593", "message": "Your request is queued."}))])
+        for _ in range(2):
+            state = await text_to_speech("What is this?", **say, return_state=True)
+            assert "does not know this job" in str(state.message)
+        assert {request.query["runId"] for request in sandbox.requests("status")} == {"98b0d593"}
         assert len(sandbox.ledger.charges) == len(sandbox.requests("submit")) == 1
 
     @pytest.mark.parametrize(

@@ -10,10 +10,9 @@ import regex
 import sentencex
 
 from prefect_nanogpt import NanoGPTCredentials
-from prefect_nanogpt.client import NanoGPTClient
 from prefect_nanogpt.flows import text_to_speech
 from prefect_nanogpt.long_text import spans, split, units
-from prefect_nanogpt.models import AudioModel, PollSchedule
+from prefect_nanogpt.models import PollSchedule
 from prefect_nanogpt.sandbox import Sandbox
 from tests.test_long_text import chapter
 
@@ -486,12 +485,10 @@ async def test_a_text_that_is_longer_in_javascript_than_here_is_said_in_parts(
 
 @pytest.mark.parametrize("limit", [19, 0, -1])
 async def test_a_limit_of_the_catalogue_that_cannot_be_meant_is_passed_over(
-    limit: int, sandbox: Sandbox, speech: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    limit: int, sandbox: Sandbox, speech: dict[str, Any]
 ) -> None:
-    async def odd(client: NanoGPTClient, model: str) -> AudioModel:
-        return AudioModel(id=model, max_chars=limit)
-
-    monkeypatch.setattr(NanoGPTClient, "find_model", odd)
+    model = {"id": "Elevenlabs-Turbo-V2.5", "category": "audio_tts", "supported_parameters": {"max_chars": limit}}
+    sandbox.on_models([{"object": "list", "data": [model]}])
     text = "One two three. " * 60
     await text_to_speech(text, **speech)
     assert [request.json["text"] for request in sandbox.requests("submit")] == [text]

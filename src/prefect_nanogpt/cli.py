@@ -178,12 +178,6 @@ class JobOptions:
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "dry_run"}
         return {"options": _options(given.pop("option")), **given}
 
-    @property
-    def of_an_estimate(self) -> dict[str, Any]:
-        """Give what an estimate takes of them."""
-        given = self.parameters
-        return {name: given[name] for name in given if name not in ("timeout_seconds", "subtitles")}
-
 
 @app.command
 def say(
@@ -215,7 +209,7 @@ def say(
     with _usage():
         request_with(parameters["options"], {**given, "text": said})
     if job.dry_run:
-        return dry_run(said, speed=speed, response_format=response_format, **job.of_an_estimate)
+        return dry_run(said, **_of_an_estimate(parameters))
 
     saved: list[str] = []
 
@@ -228,6 +222,11 @@ def say(
     if play and saved:
         _play(saved[0], job.save_to)
     return code
+
+
+def _of_an_estimate(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Give those parameters of a flow that an estimate takes."""
+    return {name: parameters[name] for name in parameters if name not in ("timeout_seconds", "subtitles")}
 
 
 def _play(location: str, save_to: str) -> None:
@@ -345,7 +344,7 @@ def batch(
     except NanoGPTError as error:
         raise UsageError(str(error)) from None
     if job.dry_run:
-        return dry_run(lines=lines, **job.of_an_estimate)
+        return dry_run(lines=lines, **_of_an_estimate(parameters))
 
     async def run(credentials: NanoGPTCredentials) -> str:
         await text_to_speech_batch(

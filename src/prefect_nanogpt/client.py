@@ -532,8 +532,9 @@ class NanoGPTClient:
             ProviderError: The catalogue could not be read, or does not have the model (code `MODEL_NOT_FOUND`; the
                 message has the nearest ids).
         """
-        if (found := await self.find_model(model)) is None:
-            meant = perhaps(model, [known.id for known in await self.list_models()])
+        known = {one.id: one for one in await self.list_models()}
+        if (found := known.get(model)) is None:
+            meant = perhaps(model, known)
             raise ProviderError(
                 f"The catalogue of {self.base_url} has no model {_shown(model, self._secrets, LONGEST_WORD)!r}.{meant}",
                 code=MODEL_NOT_FOUND,

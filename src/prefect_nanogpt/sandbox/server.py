@@ -21,7 +21,7 @@ from uvicorn.server import ServerState
 
 from .api import Api, Kind, RecordedRequest, is_loopback, logger
 from .jobs import DEFAULT_MODEL, MODELS, Ledger, new_job
-from .script import Reply, parse_directives
+from .script import Reply, Surface, parse_directives
 from .speech import HUMS, TO_SPEAK
 
 _KEEP_ALIVE_SECONDS = 75
@@ -154,31 +154,32 @@ class Sandbox:
         A mapping is the JSON body of a 200, None the normal behaviour. The replies may be endless
         (`itertools.repeat`). A missing or bad key is refused before any script is looked at.
         """
-        with self._api.changed:
-            self._api.scripts.add("submit", None, replies)
+        self._script("submit", None, replies)
 
     def on_status(self, run_id: str | None, replies: Iterable[Reply | Mapping[str, Any] | None]) -> None:
         """Queue replies for the next status calls of a job, known or not; with None, of any job.
 
         A rejection among them refunds like one of the sandbox's own.
         """
-        with self._api.changed:
-            self._api.scripts.add("status", run_id, replies)
+        self._script("status", run_id, replies)
 
     def on_audio(self, run_id: str | None, replies: Iterable[Reply | Mapping[str, Any] | None]) -> None:
         """Queue replies for the next downloads (GET, not HEAD) of a job; with None, of whichever comes."""
-        with self._api.changed:
-            self._api.scripts.add("audio", run_id, replies)
+        self._script("audio", run_id, replies)
 
     def on_models(self, replies: Iterable[Reply | Mapping[str, Any] | None]) -> None:
         """Queue replies for the next requests for the catalogue of models."""
-        with self._api.changed:
-            self._api.scripts.add("models", None, replies)
+        self._script("models", None, replies)
 
     def on_balance(self, replies: Iterable[Reply | Mapping[str, Any] | None]) -> None:
         """Queue replies for the next requests for the balance. A missing or bad key is refused before."""
+        self._script("balance", None, replies)
+
+    def _script(
+        self, surface: Surface, run_id: str | None, replies: Iterable[Reply | Mapping[str, Any] | None]
+    ) -> None:
         with self._api.changed:
-            self._api.scripts.add("balance", None, replies)
+            self._api.scripts.add(surface, run_id, replies)
 
     def completed_body(self, run_id: str) -> dict[str, Any]:
         """Return the status body of the job when it is completed, to build others from."""

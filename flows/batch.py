@@ -48,7 +48,7 @@ from prefect_nanogpt.flows.forms import (
 )
 from prefect_nanogpt.flows.shards import parameters_of_shards, run_shards
 from prefect_nanogpt.job import RESUBMIT, WHAT_TO_LOOK_AT, Said, Terms, find, would_be_submitted
-from prefect_nanogpt.ledger import Entry, Job, Ledger, amounts, saved_as
+from prefect_nanogpt.ledger import Entry, Job, Ledger, amounts, by_currency, saved_as
 from prefect_nanogpt.lines import (
     COMPLETED,
     FILE_NAME,
@@ -702,7 +702,5 @@ def _charges(row: ManifestRow) -> list[tuple[str | None, Decimal]]:
 
 def _charged(rows: Sequence[ManifestRow]) -> str:
     """Sum up what was charged, each currency by itself. Refunds are not counted: only the balance tells of them."""
-    sums: dict[str, Decimal] = {}
-    for currency, cost in (charge for row in rows for charge in _charges(row)):
-        sums[currency or "USD"] = sums.get(currency or "USD", Decimal(0)) + cost
+    sums = by_currency(charge for row in rows for charge in _charges(row))
     return ", ".join(f"{cost:f} {currency}" for currency, cost in sums.items()) or "nothing known to be"

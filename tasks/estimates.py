@@ -16,7 +16,7 @@ from prefect_nanogpt.client import NanoGPTClient
 from prefect_nanogpt.credentials import NanoGPTCredentials, nanogpt_client, places_of
 from prefect_nanogpt.errors import NanoGPTError
 from prefect_nanogpt.job import Resubmit, would_be_submitted
-from prefect_nanogpt.ledger import Entry, Job, Ledger
+from prefect_nanogpt.ledger import Entry, Job, Ledger, by_currency
 from prefect_nanogpt.lines import read_lines, usable
 from prefect_nanogpt.long_text import LEAST_PART, units
 from prefect_nanogpt.models import (
@@ -185,7 +185,7 @@ async def estimate(
     held = await ledger.run(_held, ledger, [known[job] for job in known.keys() - new.keys()])
     models = _by_model(new.values(), catalogue or [])
     usd = sum((model.usd for model in models if model.usd is not None), Decimal(0))
-    spent = await ledger.run(_spent, ledger, known.values())
+    spent = by_currency((await ledger.run(ledger.costs, *known.values())).items())
     warnings = [*doubts.names, *doubts.formats, *too_long(requests, catalogue)]
     if balance is not None and balance.usd is not None and balance.usd < usd:
         warnings.append("The balance does not cover it.")
@@ -298,11 +298,3 @@ def _by_model(jobs: Iterable[Job], catalogue: Iterable[AudioModel]) -> tuple[Mod
             )
         )
     return tuple(sorted(models, key=lambda model: model.usd or 0, reverse=True))
-
-
-def _spent(ledger: Ledger, entries: Collection[Entry]) -> dict[str, Decimal]:
-    """Sum up what the provider has said that all tries cost, by currency; no unit means USD."""
-    spent: dict[str, Decimal] = {}
-    for currency, cost in ledger.costs(*entries).items():
-        spent[currency or "USD"] = spent.get(currency or "USD", Decimal(0)) + cost
-    return spent

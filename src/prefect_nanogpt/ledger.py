@@ -47,7 +47,19 @@ from prefect_nanogpt.events import RunReference, run_logger, this_run
 from prefect_nanogpt.models import AudioContent, AudioFile, Completed, Submission, Ticket, TTSRequest
 from prefect_nanogpt.storage import Destination, is_temporary, kept_name
 
-__all__ = ["Entry", "Found", "Job", "Ledger", "Over", "Plan", "amounts", "charge_in", "run_in", "saved_as"]
+__all__ = [
+    "Entry",
+    "Found",
+    "Job",
+    "Ledger",
+    "Over",
+    "Plan",
+    "amounts",
+    "by_currency",
+    "charge_in",
+    "run_in",
+    "saved_as",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -625,6 +637,14 @@ def charge_in(notes: Iterable[Mapping[str, Any]]) -> tuple[str | None, Decimal] 
             if told.get("cost") is not None and (cost := Decimal(str(told["cost"]))).is_finite():
                 return told.get("paymentSource") or told.get("currency"), cost
     return None
+
+
+def by_currency(charges: Iterable[tuple[str | None, Decimal]]) -> dict[str, Decimal]:
+    """Sum up what was charged, each currency by itself; no unit means USD."""
+    sums: dict[str, Decimal] = {}
+    for currency, cost in charges:
+        sums[currency or "USD"] = sums.get(currency or "USD", Decimal(0)) + cost
+    return sums
 
 
 def amounts(costs: Mapping[str | None, Decimal]) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import json
 import sys
 
 from benchmarks.jobs import durations_of, memory_mb, texts
-from prefect_nanogpt.client import NanoGPTClient
 from prefect_nanogpt.flows import text_to_speech_batch
+from prefect_nanogpt.turns import Turns
 
 
 async def main(durations: list[float], folder: str) -> None:
@@ -23,6 +23,6 @@ async def main(durations: list[float], folder: str) -> None:
 
 if __name__ == "__main__":
     # The flow refuses more than the provider's 25 requests a second.
-    NanoGPTClient.requests_per_second = property(lambda _: None, lambda *_: None)  # type: ignore[assignment]
+    Turns.per_second = property(lambda _: None, lambda *_: None)  # type: ignore[assignment]
     asyncio.run(main(durations_of(sys.argv[2], int(sys.argv[1])), sys.argv[3]))
     print(json.dumps({"peak_mb": memory_mb("VmHWM")}))

@@ -79,6 +79,7 @@ from prefect_nanogpt.tasks.ledgers import open_ledger
 from prefect_nanogpt.tasks.retries import is_worth_another_try
 from prefect_nanogpt.tasks.say import PlainSteps, say_in_one_task
 from prefect_nanogpt.tasks.subtitles import can_write_subtitles, write_beside
+from prefect_nanogpt.turns import Turns
 
 __all__ = ["text_to_speech_batch"]
 
@@ -126,8 +127,8 @@ async def text_to_speech_batch(
     credentials: Credentials = None,
     timeout_seconds: TimeoutSeconds = 600.0,
     poll: Schedule = PollSchedule(),  # noqa: B008 - immutable
-    max_in_flight: Annotated[int, titled("Jobs at the provider at once"), Field(ge=1)] = 100,
-    requests_per_second: Annotated[float, titled("Requests a second"), Field(ge=0.01, le=25)] = 20.0,
+    max_in_flight: Annotated[int, titled("Jobs at the provider at once"), Field(ge=1)] = 500,
+    requests_per_second: Annotated[float, titled("Requests a second"), Field(ge=0.01, le=25)] = 24.0,
     max_cost: CostLimit = None,
     take: Take = 1,
     resubmit: Resubmitted = (),
@@ -226,14 +227,14 @@ async def text_to_speech_batch(
         await batch.look_up()
         if batch.todo:
             async with nanogpt_client(credentials) as client:
-                client.requests_per_second = requests_per_second
+                client.turns.per_second = requests_per_second
                 if shard is None:
                     await batch.check_names(client, strict=strict)
                 budget = await batch.budget(cast(Decimal | None, max_cost), client)
                 if shards > 1 and shard is None and batch.refusal is None:
                     await _run_in_shards(batch, budget, shards, shard_deployment, credentials)
                 else:
-                    await batch.run(PlainSteps(terms, client, budget), max_in_flight)
+                    await batch.run(PlainSteps(terms, client, budget), max_in_flight, client.turns)
         rows = await batch.finish()
         missing = await batch.write_subtitles(subtitles)
         if all(row.is_completed for row in rows):
@@ -390,13 +391,15 @@ class _Batch:
         """Give what the ledger knew of a job when the run began."""
         return self._entries.get(job) or Entry(job)
 
-    async def run(self, steps: PlainSteps, at_once: int) -> None:
+    async def run(self, steps: PlainSteps, at_once: int, turns: Turns) -> None:
         """See every job to its end, so many at once."""
         waiting = iter(list(self.todo.items()))
         try:
             async with asyncio.TaskGroup() as workers:
                 for _ in range(min(at_once, len(self.todo))):
                     workers.create_task(self._work(waiting, steps))
+                    # A task run that begins before its request may leave only keeps others from leaving.
+                    await asyncio.sleep(1 / turns.per_second if turns.per_second else 0)
         except BaseException as stopped:
             with anyio.CancelScope(shield=True), anyio.move_on_after(LAST_WORD_SECONDS):
                 run_logger().warning("Stopped. What is submitted is paid for; run the batch again to fetch it.")

@@ -151,7 +151,7 @@ async def collect_open_tickets(
             with suppress(StorageError):  # what is not there is told of in the table
                 await asyncio.to_thread(Destination, folder)
         async with nanogpt_client(credentials) as client:
-            client.requests_per_second = REQUESTS_PER_SECOND
+            client.turns.per_second = REQUESTS_PER_SECOND
             known = await places_of(credentials)
             elsewhere = Ledger.elsewhere(known.ledger)
             places = await _places(folders, elsewhere, since)

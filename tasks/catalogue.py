@@ -12,7 +12,6 @@ from prefect_nanogpt.credentials import NanoGPTCredentials, nanogpt_client
 from prefect_nanogpt.errors import NanoGPTError
 from prefect_nanogpt.events import run_logger
 from prefect_nanogpt.models import AudioModel, Balance, TTSRequest
-from prefect_nanogpt.tasks.limits import stay_under_rate_limit
 from prefect_nanogpt.tasks.retries import JITTER, may_help
 
 __all__ = ["check_names", "get_balance", "list_models", "list_voices"]
@@ -59,7 +58,6 @@ async def list_models(credentials: NanoGPTCredentials | str | None = None) -> li
         ```
     """
     async with nanogpt_client(credentials) as client:
-        await stay_under_rate_limit()
         return await client.list_models()
 
 
@@ -96,7 +94,6 @@ async def list_voices(model: str, credentials: NanoGPTCredentials | str | None =
         ```
     """
     async with nanogpt_client(credentials) as client:
-        await stay_under_rate_limit()
         return await client.list_voices(model)
 
 
@@ -128,7 +125,6 @@ async def get_balance(credentials: NanoGPTCredentials | str | None = None) -> Ba
         ```
     """
     async with nanogpt_client(credentials) as client:
-        await stay_under_rate_limit()
         return await client.get_balance()
 
 

@@ -1,9 +1,8 @@
 """A whole job as one task run; and the two ways of making its steps."""
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from decimal import Decimal
-from typing import Any, Final
+from typing import Any
 
 from prefect import State, task
 from prefect.cache_policies import NO_CACHE
@@ -23,13 +22,9 @@ from prefect_nanogpt.storage import Destination
 from prefect_nanogpt.tasks import audio as saving
 from prefect_nanogpt.tasks import status as polling
 from prefect_nanogpt.tasks import submit as submitting
-from prefect_nanogpt.tasks.limits import stay_under_rate_limit
 from prefect_nanogpt.tasks.retries import LONGEST_RETRY_AFTER_SECONDS, with_retries
 
 __all__ = ["PlainSteps", "TaskSteps", "say_in_one_task"]
-
-SUBMISSIONS_AT_ONCE: Final = 16
-"""With a thousand at once, the event loop is too busy submitting to notice that the first jobs have finished."""
 
 
 @task(
@@ -82,7 +77,6 @@ class PlainSteps:
         self._terms = terms
         self._client = client
         self._budget = budget
-        self._submissions = asyncio.Semaphore(SUBMISSIONS_AT_ONCE)
         self._poll_delays = poll_delays
 
     async def submit(self, job: Job, entry: Entry) -> Submitted:
@@ -97,12 +91,10 @@ class PlainSteps:
                 resubmit=self._terms.resubmit,
                 entry=known.pop() if known else None,
                 budget=self._budget,
-                wait_for_turn=stay_under_rate_limit,
                 log_ticket=False,
             )
 
-        async with self._submissions:
-            return await with_retries(call, submitting.RETRY_DELAYS_SECONDS)
+        return await with_retries(call, submitting.RETRY_DELAYS_SECONDS)
 
     async def poll(self, ticket: Ticket, seconds_left: float) -> TTSStatus:
         """Ask for the status of a job once."""
@@ -169,7 +161,8 @@ class TaskSteps:
     async def poll(self, ticket: Ticket, seconds_left: float) -> TTSStatus:
         """Ask for the status of a job once, and tell when something has changed."""
         self._polls += 1
-        status = await polling.get_tts_status.with_options(task_run_name=f"poll {self._polls}")(
+        polling.poll_number.set(self._polls)
+        status = await polling.get_tts_status(
             ticket,
             self._credentials,
             max_retry_after_seconds=min(seconds_left, LONGEST_RETRY_AFTER_SECONDS),

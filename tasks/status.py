@@ -1,6 +1,7 @@
 """The status of a job, as a task."""
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any, Final
 
 from prefect import task
@@ -11,10 +12,19 @@ from prefect_nanogpt.client import NanoGPTClient
 from prefect_nanogpt.credentials import NanoGPTCredentials, nanogpt_client
 from prefect_nanogpt.errors import NanoGPTError
 from prefect_nanogpt.models import Pending, Ticket, TTSStatus
-from prefect_nanogpt.tasks.limits import stay_under_rate_limit
 from prefect_nanogpt.tasks.retries import JITTER, LONGEST_RETRY_AFTER_SECONDS, may_help
 
 __all__ = ["get_tts_status", "poll_once"]
+
+poll_number: ContextVar[int | None] = ContextVar("nanogpt_poll_number", default=None)
+"""Which poll of a wait it is, for its name: to make another task with that name takes longer than the poll."""
+
+
+def run_name() -> str:
+    """Name a task run by its number, where whoever waits has counted."""
+    number = poll_number.get()
+    return "poll" if number is None else f"poll {number}"
+
 
 # Two minutes in all: an outage of a minute in the middle of a wait goes unnoticed.
 RETRY_DELAYS_SECONDS: Final[list[float]] = [1, 2, 4, 8, 15, 30, 30, 30]
@@ -22,7 +32,7 @@ RETRY_DELAYS_SECONDS: Final[list[float]] = [1, 2, 4, 8, 15, 30, 30, 30]
 
 @task(
     name="get-tts-status",
-    task_run_name="poll",
+    task_run_name=run_name,
     description="Poll a NanoGPT text-to-speech job, once.",
     retries=len(RETRY_DELAYS_SECONDS),
     retry_delay_seconds=RETRY_DELAYS_SECONDS,
@@ -76,8 +86,7 @@ async def get_tts_status(
 
 
 async def poll_once(client: NanoGPTClient, ticket: Ticket, max_retry_after_seconds: float) -> TTSStatus:
-    """Make one status call, under the limit of all workers, and say of a failure whether it is worth waiting for."""
-    await stay_under_rate_limit()
+    """Make one status call, and say of a failure whether it is worth waiting for."""
     try:
         return await client.status(ticket)
     except NanoGPTError as error:

@@ -16,7 +16,6 @@ from prefect_nanogpt.job import Resubmit, submit, would_be_submitted
 from prefect_nanogpt.ledger import Job
 from prefect_nanogpt.models import LARGEST_TAKE, Money, Submission, TTSRequest, problems_in
 from prefect_nanogpt.tasks.ledgers import open_ledger
-from prefect_nanogpt.tasks.limits import stay_under_rate_limit
 from prefect_nanogpt.tasks.retries import JITTER, may_help
 
 __all__ = ["submit_tts"]
@@ -111,6 +110,5 @@ async def submit_tts(
             resubmit=resubmit,
             entry=entry,
             budget=budget,
-            wait_for_turn=stay_under_rate_limit,
         )
     return submitted.submission

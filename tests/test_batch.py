@@ -31,6 +31,7 @@ from prefect.client.schemas.filters import (
 )
 
 from prefect_nanogpt import NanoGPTCredentials
+from prefect_nanogpt.client import SUBMISSIONS_AT_ONCE
 from prefect_nanogpt.errors import BatchPartial, NanoGPTError
 from prefect_nanogpt.flows import text_to_speech_batch
 from prefect_nanogpt.ledger import Job, Ledger
@@ -38,7 +39,6 @@ from prefect_nanogpt.lines import ManifestRow, read_lines
 from prefect_nanogpt.models import DEFAULT_MODEL, PollSchedule
 from prefect_nanogpt.sandbox import Accept, Answer, Cut, Sandbox
 from prefect_nanogpt.storage import Destination
-from prefect_nanogpt.tasks.say import SUBMISSIONS_AT_ONCE
 from tests.conftest import API_KEY, eventually, free_port, start, wait_for_server
 
 

@@ -7,11 +7,11 @@ from prefect import flow
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 
-from prefect_nanogpt import NanoGPTCredentials
+from prefect_nanogpt import NanoGPTCredentials, limits
+from prefect_nanogpt.limits import RATE_LIMIT
 from prefect_nanogpt.models import Ticket
 from prefect_nanogpt.sandbox import Sandbox
-from prefect_nanogpt.tasks import get_tts_status, limits
-from prefect_nanogpt.tasks.limits import RATE_LIMIT
+from prefect_nanogpt.tasks import get_tts_status
 
 AT_ONCE, A_SECOND, CALLS = 2, 4.0, 12
 
@@ -19,7 +19,7 @@ AT_ONCE, A_SECOND, CALLS = 2, 4.0, 12
 async def test_status_calls_keep_to_a_global_rate_limit(
     sandbox: Sandbox, credentials: NanoGPTCredentials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "_known", (False, -limits.LOOK_AGAIN_SECONDS))
+    monkeypatch.setattr(limits, "_known", (None, -limits.LOOK_AGAIN_SECONDS))
     tickets = [Ticket.model_validate(sandbox.add_job()) for _ in range(CALLS)]
 
     @flow
@@ -48,7 +48,7 @@ async def test_jobs_that_start_together_ask_for_the_limit_once(monkeypatch: pyte
         asked.append(1)
         return get_client()
 
-    monkeypatch.setattr(limits, "_known", (False, -limits.LOOK_AGAIN_SECONDS))
+    monkeypatch.setattr(limits, "_known", (None, -limits.LOOK_AGAIN_SECONDS))
     monkeypatch.setattr(limits, "get_client", counting)
-    await asyncio.gather(*(limits.stay_under_rate_limit() for _ in range(50)))
+    await asyncio.gather(*(limits.take_slots(1) for _ in range(50)))
     assert len(asked) == 1

@@ -325,10 +325,10 @@ def _argument(number: int, argument: str) -> str:
 def batch(
     lines: str,
     *,
-    max_in_flight: PositiveInt = 100,
+    max_in_flight: PositiveInt = 500,
     requests_per_second: Annotated[
         float, Parameter(validator=[_is_finite, validators.Number(gte=0.01, lte=25)])
-    ] = 20.0,
+    ] = 24.0,
     job: JobOptions = JobOptions(),
 ) -> int:
     """Say every line of a file, each into a file of its own. Run it again to do what is missing.

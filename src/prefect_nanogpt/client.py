@@ -64,6 +64,7 @@ from prefect_nanogpt.models import (
     parse_submission,
     perhaps,
 )
+from prefect_nanogpt.turns import Turns
 
 __all__ = [
     "DEFAULT_BASE_URL",
@@ -96,6 +97,8 @@ LARGEST_ANSWER_BYTES: Final = 128 * 1024**2
 """Of a submission, which some models answer with the audio."""
 REQUESTS_AT_ONCE: Final = 16
 """httpx's pool slows down with the square of the requests that wait in it, so they wait in front of it."""
+SUBMISSIONS_AT_ONCE: Final = 32
+"""Beside them: what has not begun to say how long it takes does not wait for what has."""
 DOWNLOADS_AT_ONCE: Final = 8
 MAX_REDIRECTS: Final = 5
 ODD_ANSWER_SHOWN: Final = 300
@@ -223,7 +226,7 @@ class NanoGPTClient:
 
     Attributes:
         base_url: The root of the API, without a trailing slash, and without the user and password it may have had.
-        requests_per_second: How many requests to make to the API, at most; None for no limit.
+        turns: When a request to the API may leave.
 
     Raises:
         CredentialsError: The key is empty or has characters that an HTTP header cannot carry, or the base URL or an
@@ -292,9 +295,9 @@ class NanoGPTClient:
         self._has_posted = False
         self._is_closed = False
         self._posts = 0  # counted in the background, where all submissions are sent
-        self.requests_per_second: float | None = None
-        self._next_turn = 0.0
+        self.turns = Turns()
         self._api_gate = asyncio.Semaphore(REQUESTS_AT_ONCE)
+        self._submission_gate = asyncio.Semaphore(SUBMISSIONS_AT_ONCE)
         self._audio_gate = asyncio.Semaphore(DOWNLOADS_AT_ONCE)
         self._catalogue_lock = asyncio.Lock()
         self._no_catalogue: tuple[float, ProviderError | None] = (0.0, None)
@@ -323,14 +326,10 @@ class NanoGPTClient:
             await self._submissions.aclose()
 
     @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """Wait for a place among the requests to the API, which are evenly spaced where they are limited."""
-        async with self._api_gate:
-            if self.requests_per_second is not None:
-                now = time.monotonic()
-                turn = max(now, self._next_turn)
-                self._next_turn = turn + 1 / self.requests_per_second
-                await asyncio.sleep(turn - now)
+    async def turn(self, *, submits: bool = False) -> AsyncIterator[None]:
+        """Wait for a place among the requests to the API; submissions go first, and have places of their own."""
+        async with self._submission_gate if submits else self._api_gate:
+            await self.turns.wait(first=submits)
             yield
 
     def build(self, request: TTSRequest) -> httpx.Request:
@@ -461,7 +460,7 @@ class NanoGPTClient:
             NanoGPTError: As `post` does.
         """
         built = self.build(request)
-        async with self.turn():
+        async with self.turn(submits=True):
             return await in_own_thread(lambda: self.post(built, request.model))
 
     async def status(self, ticket: Ticket) -> TTSStatus:
@@ -563,14 +562,14 @@ class NanoGPTClient:
         Raises:
             ProviderError: It could not be read, or is not what it should be.
         """
-        try:
-            request = self._api.build_request(method, f"{self.base_url}{path}", **sent)
-            async with self.turn():
+        async with self.turn():
+            try:
+                request = self._api.build_request(method, f"{self.base_url}{path}", **sent)
                 answer = await self._read(self._api, request, largest, seconds or LONGEST_LOOK_SECONDS)
-        except _FAULTS as error:
-            raise ProviderError(
-                f"{self.base_url} could not be reached ({self._words(error)}).", code=UNREACHABLE, retryable=True
-            ) from None
+            except _FAULTS as error:
+                raise ProviderError(
+                    f"{self.base_url} could not be reached ({self._words(error)}).", code=UNREACHABLE, retryable=True
+                ) from None
         if not 200 <= answer.status < 300:
             raise self._refusal(answer)
         body = answer.json

@@ -14,7 +14,7 @@ import asyncio
 import itertools
 import math
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
@@ -226,7 +226,6 @@ async def submit(
     resubmit: Collection[str] = (),
     entry: Entry | None = None,
     budget: Budget | None = None,
-    wait_for_turn: Callable[[], Awaitable[None]] | None = None,
     log_ticket: bool = True,
 ) -> Submitted:
     """Submit a job, once over all processes that use the ledger, or give the answer that another one got.
@@ -238,7 +237,6 @@ async def submit(
         resubmit: Which ends of earlier tries to submit after.
         entry: What the ledger knows of the job, where the caller has just listed it.
         budget: What may be spent.
-        wait_for_turn: What to wait for before the request may leave.
         log_ticket: Whether to log the ticket although the ledger has it: of one job, not of a thousand.
 
     Raises:
@@ -264,9 +262,7 @@ async def submit(
             submission = None
             may_be_charged = False
             try:
-                if wait_for_turn is not None:
-                    await wait_for_turn()
-                async with client.turn():
+                async with client.turn(submits=True):
                     submission = await in_own_thread(send, _say_what_is_in_the_air)
             except SubmissionUncertain:
                 may_be_charged = True

@@ -56,11 +56,14 @@ def compare_polling() -> Comparison:
     ours = costs["text_to_speech"]
     return Comparison(
         "Polling",
-        f"{polling.JOBS} jobs whose durations are log-uniform from 1 to 180 s, on a virtual clock, through the real "
-        "schedule. `text_to_speech` knows that its job is new and first looks after a pause; `wait_for_tts` does not "
-        "and looks at once, as the loops do. The delay is the time from a job's end to the look that sees it; "
-        "relative, as a share of the job's duration. The last two rows are not ways that exist: they are what a "
-        "prediction of the duration would be worth.",
+        f"{polling.JOBS} jobs whose durations are spread log-uniformly from 1 to 180 s, on a virtual clock, through "
+        "the real schedule. `text_to_speech` knows that its job is new and first looks after a pause; `wait_for_tts` "
+        "does not and looks at once, as the loops do. The delay is the time from a job's end to the look that sees it; "
+        "relative, as a share of the job's duration. The last three rows are not ways that exist. The bound is the "
+        "times to look, without chance in them, for which the calls, the seconds of delay times "
+        f"{polling.A_SECOND:g} and the relative delay times {polling.A_DURATION:g} add up to the least, found by "
+        "dynamic programming: no times have less of one of the three without more of another. The other two are what "
+        "a prediction of the duration would be worth.",
         ["", "calls a job", "mean delay, s", "mean relative delay"],
         [
             [name, f"{cost.calls:.1f}", f"{cost.delay:.2f}", f"{100 * cost.relative_delay:.1f} %"]

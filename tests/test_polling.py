@@ -77,6 +77,25 @@ async def test_a_job_that_was_just_accepted_is_given_a_pause_first() -> None:
     assert (outcome.polls, outcome.seconds) == (1, 2.0)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "first"),
+    [
+        (PollSchedule(jitter=0), 1.39),
+        (PollSchedule(jitter=0, min_seconds=2), 2),
+        (PollSchedule(jitter=0, min_seconds=0.25, max_seconds=0.5), 0.5),
+        (PollSchedule(jitter=0, min_seconds=0.25, growth=0), 0.25),
+    ],
+)
+async def test_the_first_pause_of_a_new_job_is_longer_than_the_shortest_unless_the_schedule_says_otherwise(
+    schedule: PollSchedule, first: float
+) -> None:
+    job = Job(finished_at=0)
+
+    await job.wait(timeout_seconds=60, schedule=schedule, look_at_once=False)
+
+    assert job.looks == [pytest.approx(first, abs=0.005)]
+
+
 async def test_the_first_pause_ends_at_the_deadline_at_the_latest() -> None:
     job = Job()
 
@@ -153,7 +172,7 @@ async def test_a_look_that_fails_ends_the_wait_with_its_error() -> None:
 @pytest.mark.parametrize(
     ("schedule", "most"),
     [
-        (PollSchedule(jitter=0), 130),
+        (PollSchedule(jitter=0), 145),
         (PollSchedule(), 150),
         (PollSchedule(min_seconds=0.25, max_seconds=0.25, jitter=0), 2402),
         (PollSchedule(min_seconds=0.25, max_seconds=600, growth=0, jitter=0.99), 2402),
@@ -186,7 +205,7 @@ async def test_no_two_looks_are_closer_than_the_shortest_pause_but_the_last() ->
 def test_the_pause_grows_with_the_root_of_the_time_waited_between_its_bounds() -> None:
     schedule = PollSchedule(jitter=0)
 
-    assert [schedule.pause(elapsed) for elapsed in (0, 1, 4, 16, 25, 3600)] == [0.8, 0.8, 1.6, 3.2, 4.0, 5.0]
+    assert [schedule.pause(elapsed) for elapsed in (0, 1, 4, 16, 25, 3600)] == [0.8, 0.8, 1.6, 3.2, 4.0, 4.5]
 
 
 @pytest.mark.parametrize(("drawn", "pause"), [(0.0, 1.8), (0.5, 2.0), (1.0, 2.2)])

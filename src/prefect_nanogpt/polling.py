@@ -17,6 +17,9 @@ S = TypeVar("S")
 
 SHORTEST_PAUSE_SECONDS: Final = 0.25
 LONGEST_PAUSE_SECONDS: Final = 86_400.0
+FIRST_PAUSE_AS_AFTER_SECONDS: Final = 3.0
+"""A new job is first looked at after the pause of a job that was waited for so long, 1.4 s by default: so few are
+finished before that an earlier look is not worth its call."""
 LAST_LOOK_SECONDS: Final = 30.0
 """How long the look at the deadline may take, so that a slow answer at the last moment still counts."""
 
@@ -42,7 +45,7 @@ class PollSchedule(BaseModel):
         description="The shortest pause between two status calls, in seconds; at least 0.25.",
     )
     max_seconds: float = Field(
-        default=5.0,
+        default=4.5,
         ge=SHORTEST_PAUSE_SECONDS,
         le=LONGEST_PAUSE_SECONDS,
         title="Longest pause, in seconds",
@@ -125,7 +128,7 @@ async def poll(
     start = clock()
     polls = 0
     if not look_at_once:
-        await sleep(min(schedule.pause(0.0), timeout_seconds))
+        await sleep(min(schedule.pause(FIRST_PAUSE_AS_AFTER_SECONDS), timeout_seconds))
     while True:
         left = timeout_seconds - (clock() - start)
         polls += 1

@@ -180,7 +180,8 @@ async def text_to_speech_batch(
             `max_in_flight`, `requests_per_second` and `max_cost`.
         shard_deployment: The deployment that runs the shards, as `flow/deployment`; None for this run's own, or else
             the one in `prefect.yaml`.
-        shard: Which shard this run is. The run that starts the shards sets it; leave it empty.
+        shard: Which shard this run is. The run that starts the shards sets it, and gives it its own lines of a list; of
+            a file it takes its share. Leave it empty.
 
     Returns:
         What became of each line, in the order of the lines.
@@ -218,9 +219,7 @@ async def text_to_speech_batch(
         defaults = {"model": model, "voice": voice, **_options(options)}
         wanted = await asyncio.to_thread(_read, lines, defaults, take, pronounce)
         if shard is not None:
-            if shard > shards:
-                raise NanoGPTError(f"There is no shard {shard} of {shards}.", code="INVALID_REQUEST")
-            wanted = [line for line, its in zip(wanted, shards_of(wanted, shards), strict=True) if its == shard]
+            wanted = _its_own(wanted, shard, shards, are_all=not isinstance(lines, str))
         ledger, provider = await open_ledger(save_to, credentials)
         terms = Terms(ledger, timeout_seconds, poll, resubmit)
         batch = _Batch(wanted, provider, terms, artifact_key, is_shard=shard is not None)
@@ -259,6 +258,15 @@ def _read(lines: Any, defaults: Mapping[str, Any], take: int, pronounce: Any) ->
     return [line.said_with(pronunciation) for line in read_lines(lines, defaults, take)]
 
 
+def _its_own(lines: list[Line], shard: int, shards: int, *, are_all: bool) -> list[Line]:
+    """Give the lines of a shard: all of a list, which has only its own, and its share of a file."""
+    if shard > shards:
+        raise NanoGPTError(f"There is no shard {shard} of {shards}.", code="INVALID_REQUEST")
+    if are_all:
+        return lines
+    return [line for line, its in zip(lines, shards_of(lines, shards), strict=True) if its == shard]
+
+
 def _options(given: Options) -> dict[str, Any]:
     try:
         return options_of(given or {})
@@ -282,7 +290,7 @@ async def _run_in_shards(
     limits: dict[int, Decimal | None] = dict.fromkeys(sorted(jobs))
     if budget is not None:
         limits.update(budget.shares({number: jobs[number].values() for number in limits}, batch.new_jobs().keys()))
-    states = await run_shards(parameters_of_shards(limits, shards, credentials), deployment)
+    states = await run_shards(parameters_of_shards(limits, numbers, shards, credentials), deployment)
     ended = {number: f"Shard {number} ended as {state.name}: {state.message}" for number, state in states.items()}
     await batch.tell_from_ledger([ended.get(number) for number in numbers])
 

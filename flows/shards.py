@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from decimal import Decimal
+from itertools import compress
 from os import fspath
 from os.path import abspath
 from typing import Any, Final
@@ -56,12 +57,18 @@ def credentials_for_workers(credentials: NanoGPTCredentials | str | None) -> dic
 
 
 def parameters_of_shards(
-    limits: Mapping[int, Decimal | None], shards: int, credentials: NanoGPTCredentials | str | None
+    limits: Mapping[int, Decimal | None],
+    numbers: Sequence[int],
+    shards: int,
+    credentials: NanoGPTCredentials | str | None,
 ) -> dict[int, dict[str, Any]]:
-    """Give the parameters of each shard's run: those of this run, with its share of what is limited.
+    """Give the parameters of each shard's run: those of this run, with its own lines and its share of what is limited.
+
+    The place of a file of lines stays as it is, and each shard takes its share of what is there.
 
     Args:
         limits: What each shard may spend in all, in USD, by its number.
+        numbers: Which shard each line is of.
         shards: How many shards there are, whether or not all have something to do.
         credentials: The credentials of this run.
     """
@@ -77,9 +84,11 @@ def parameters_of_shards(
     whole["credentials"] = credentials_for_workers(credentials)
     # Values of NumPy and pandas come with rows of a data frame; those that are no JSON were refused or passed over.
     plain: dict[str, Any] = to_jsonable_python(whole, inf_nan_mode="null", fallback=_as_python)
+    lines = plain["lines"]
     return {
         number: {
             **plain,
+            "lines": lines if isinstance(lines, str) else [*compress(lines, (its == number for its in numbers))],
             "max_in_flight": max(1, plain["max_in_flight"] // len(limits)),
             "requests_per_second": plain["requests_per_second"] / len(limits),
             "max_cost": None if limit is None else str(limit),

@@ -17,6 +17,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 from prefect import State
 from prefect.client.orchestration import get_client
@@ -374,7 +375,7 @@ class TestShards:
                 return runs if len(runs) == 2 else None
 
             runs = await eventually(both)
-            await text_to_speech_batch(lines_of(4), **here, shards=2, shard=1)
+            await text_to_speech_batch(lines_of(4)[::2], **here, shards=2, shard=1)
             for run in runs:
                 await client.delete_flow_run(run.id)
             error = await (await whole).aresult(raise_on_failure=False)
@@ -416,11 +417,57 @@ class TestShards:
         assert [parameters["max_cost"] for parameters in in_this_process.values()] == ["0.12"]
         assert sandbox.ledger.charged_total == 6 * price
 
-    async def test_a_shard_does_its_own_lines_and_the_whole_gathers_them(
-        self, batch: dict[str, Any], save_to: str, sandbox: Sandbox
+    async def test_each_shard_is_given_its_own_lines_as_they_were_written_and_says_all_of_them(
+        self, batch: dict[str, Any], sandbox: Sandbox, in_this_process: dict[int, dict[str, Any]]
     ) -> None:
-        lines = lines_of(5)
-        rows = await text_to_speech_batch(lines, **batch, shards=2, shard=2)
+        lines = [
+            {"ID": number, "Text ": f"NATO and {number % 5} more.", "#": "x" * 1_000, "option.seed": numpy.int64(7)}
+            for number in range(12)
+        ]
+        here = {**batch, "credentials": None, "shards": 3}
+
+        rows = await text_to_speech_batch(lines, **here, pronounce={"NATO": "nay-toh"})
+
+        assert [row.id for row in rows] == [str(number) for number in range(12)]
+        assert all(row.is_completed and row.said_as == row.text.replace("NATO", "nay-toh") for row in rows)
+        given = {number: its["lines"] for number, its in in_this_process.items()}
+        assert {number: {row["ID"] for row in its} for number, its in given.items()} == {
+            1: {0, 3, 5, 8, 10},
+            2: {1, 4, 6, 9, 11},
+            3: {2, 7},
+        }
+        whole = [{**line, "option.seed": 7} for line in lines]
+        assert sorted(itertools.chain(*given.values()), key=lambda row: row["ID"]) == whole
+        assert sum(len(json.dumps(its)) for its in given.values()) <= len(json.dumps(whole)) + 3
+        assert len(sandbox.ledger.charges) == 5
+
+    async def test_each_shard_takes_its_own_lines_of_a_file(
+        self, batch: dict[str, Any], tmp_path: Path, sandbox: Sandbox, in_this_process: dict[int, dict[str, Any]]
+    ) -> None:
+        file = tmp_path / "lines.json"
+        file.write_text(json.dumps(lines_of(5)))
+        rows = await text_to_speech_batch(file, **{**batch, "credentials": None, "shards": 2})
+        assert all(row.is_completed for row in rows)
+        assert [its["lines"] for its in in_this_process.values()] == [str(file)] * 2
+        assert len(sandbox.ledger.charges) == 5
+
+    async def test_a_rerun_starts_shards_only_where_lines_are_missing(
+        self, batch: dict[str, Any], save_to: str, sandbox: Sandbox, in_this_process: dict[int, dict[str, Any]]
+    ) -> None:
+        here = {**batch, "credentials": None, "shards": 3}
+        await text_to_speech_batch(lines_of(6), **here)
+        audio_in(save_to)["line-004"].unlink()
+        await text_to_speech_batch(lines_of(6), **here)
+        given = {number: [row["id"] for row in its["lines"]] for number, its in in_this_process.items()}
+        assert given == {2: ["line-001", "line-004"]}
+        assert len(sandbox.ledger.charges) == 6
+
+    async def test_a_shard_of_a_file_does_its_own_lines_and_the_whole_gathers_them(
+        self, batch: dict[str, Any], save_to: str, tmp_path: Path, sandbox: Sandbox
+    ) -> None:
+        lines, file = lines_of(5), tmp_path / "lines.json"
+        file.write_text(json.dumps(lines))
+        rows = await text_to_speech_batch(file, **batch, shards=2, shard=2)
         assert [row.id for row in rows] == ["line-001", "line-003"]
         assert not (Path(save_to) / "manifest.jsonl").exists()  # it is the whole's to write
 
@@ -431,13 +478,14 @@ class TestShards:
         assert len(sandbox.ledger.charges) == 5
 
     async def test_a_line_that_was_paid_for_in_a_shard_is_not_paid_for_in_another(
-        self, batch: dict[str, Any], sandbox: Sandbox
+        self, batch: dict[str, Any], tmp_path: Path, sandbox: Sandbox
     ) -> None:
-        lines = lines_of(4)
+        file = tmp_path / "lines.json"
+        file.write_text(json.dumps(lines_of(4)))
         sandbox.on_audio(None, itertools.repeat(Answer(404)))
-        await partial(lines=lines, **batch, shards=2, shard=1)
+        await partial(lines=file, **batch, shards=2, shard=1)
         sandbox.on_audio(None, [None])
-        await partial(lines=lines, **batch, shards=4, shard=3)
+        await partial(lines=file, **batch, shards=4, shard=3)
         assert len(sandbox.ledger.charges) == 2
 
     async def test_shards_are_told_their_share_and_no_key_and_are_stopped_with_the_whole(

@@ -38,6 +38,7 @@ from prefect_nanogpt.flows import text_to_speech_batch
 from prefect_nanogpt.ledger import Job, Ledger
 from prefect_nanogpt.lines import ManifestRow, read_lines
 from prefect_nanogpt.models import DEFAULT_MODEL, PollSchedule
+from prefect_nanogpt.report import Artifact
 from prefect_nanogpt.sandbox import Accept, Answer, Cut, Sandbox
 from prefect_nanogpt.storage import Destination
 from tests.conftest import API_KEY, eventually, free_port, start, wait_for_server
@@ -310,6 +311,23 @@ async def test_an_uncertain_line_is_not_paid_for_twice(batch: dict[str, Any], sa
     assert len(sandbox.requests("submit")) == 2
     await text_to_speech_batch(lines_of(2), **batch, resubmit=["uncertain"])
     assert len(sandbox.requests("submit")) == 3
+
+
+@pytest.mark.parametrize(("seconds_a_line", "written"), [(0.0, 6), (1_000.0, 2)])
+async def test_the_more_lines_there_are_the_more_rarely_their_table_is_written(
+    seconds_a_line: float, written: int, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prefect_nanogpt.flows.batch.PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr("prefect_nanogpt.flows.batch.PROGRESS_SECONDS_A_LINE", seconds_a_line)
+    show, tables = Artifact.show, list[str]()
+
+    async def counting(self: Artifact, table: str, *words: Any) -> None:
+        tables.append(table)
+        await show(self, table, *words)
+
+    monkeypatch.setattr(Artifact, "show", counting)
+    await text_to_speech_batch(lines_of(5), **batch)
+    assert len(tables) == written
 
 
 @pytest.fixture

@@ -20,10 +20,10 @@ from prefect.exceptions import ParameterTypeError
 from prefect_nanogpt import NanoGPTCredentials
 from prefect_nanogpt.errors import BatchPartial, NanoGPTError
 from prefect_nanogpt.flows import text_to_speech, text_to_speech_batch
-from prefect_nanogpt.lines import Line, ManifestRow, read_lines
+from prefect_nanogpt.lines import Line, Manifest, ManifestRow, read_lines
 from prefect_nanogpt.models import PollSchedule, TTSRequest
 from prefect_nanogpt.sandbox import Accept, Cut, Sandbox
-from prefect_nanogpt.storage import file_stem
+from prefect_nanogpt.storage import Destination, file_stem
 from prefect_nanogpt.tables import read_rows
 from tests.conftest import API_KEY, files_in
 from tests.test_links import report_of
@@ -927,6 +927,77 @@ class Frame:
 @pytest.fixture
 def batch(credentials: NanoGPTCredentials, save_to: str, quick: PollSchedule) -> dict[str, Any]:
     return {"credentials": credentials, "save_to": save_to, "poll": quick, "requests_per_second": 25}
+
+
+class TestManifest:
+    """How often it is written."""
+
+    @pytest.fixture
+    def written(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """The bytes of each writing, with no pause between two."""
+        write, sizes = Destination.write, list[int]()
+
+        def counting(self: Destination, name: str, content: bytes) -> None:
+            sizes.append(len(content))
+            write(self, name, content)
+
+        monkeypatch.setattr(Destination, "write", counting)
+        monkeypatch.setattr("prefect_nanogpt.lines.REWRITE_SECONDS", -1.0)
+        return sizes
+
+    @staticmethod
+    def say(manifest: Manifest, count: int, rows: dict[str, ManifestRow], prefix: str = "line") -> None:
+        """Add rows one by one, as a batch does, and write the file when it falls due, and at the end."""
+        lines = [Line(f"{prefix}-{number:05}", TTSRequest(text="Hi.", model="Kokoro-82m")) for number in range(count)]
+        for line in lines:
+            rows[line.id] = ManifestRow(id=line.id, text="Hi.", outcome="completed", job=line.id)
+            if manifest.falls_due(len(rows)):
+                manifest.write(lines, rows)
+        manifest.write(lines, rows)
+
+    @pytest.mark.parametrize("count", [50, 500, 3_000])
+    @pytest.mark.parametrize("place", ["local", "memory://"])
+    def test_what_is_written_is_a_few_times_its_size_however_many_lines_there_are(
+        self, place: str, count: int, tmp_path: Path, written: list[int]
+    ) -> None:
+        manifest = Manifest(Destination(str(tmp_path) if place == "local" else f"{place}manifest/{count}"))
+        self.say(manifest, count, {})
+        assert len(manifest.read()) == count
+        assert len(written) > 10
+        assert sum(written) <= 6 * written[-1]  # four for each row that is new, the last of them, and the end
+
+    def test_few_lines_beside_many_of_other_batches_do_not_write_them_again_and_again(
+        self, tmp_path: Path, written: list[int]
+    ) -> None:
+        self.say(Manifest(Destination(str(tmp_path))), 1_000, {}, "other")
+        written.clear()
+        manifest = Manifest(Destination(str(tmp_path)))
+        manifest.read()
+        self.say(manifest, 100, {})
+        assert len(written) == 1
+        assert len(manifest.read()) == 1_100
+
+    def test_it_never_lacks_more_than_a_fifth_of_what_there_is_to_tell(
+        self, tmp_path: Path, written: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rows = dict[str, ManifestRow]()
+        manifest = Manifest(Destination(str(tmp_path)))
+        falls_due, lacking = manifest.falls_due, list[float]()
+
+        def looking(lines: int) -> bool:
+            if not (is_due := falls_due(lines)):
+                lacking.append(1 - len(Manifest(Destination(str(tmp_path))).read()) / lines)
+            return is_due
+
+        monkeypatch.setattr(manifest, "falls_due", looking)
+        self.say(manifest, 300, rows)
+        assert 0.15 < max(lacking) <= 0.2
+
+    def test_of_all_who_ask_at_once_one_writes_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        manifest = Manifest(Destination(str(tmp_path)))
+        assert not any(manifest.falls_due(count) for count in range(1, 20))  # it is early yet
+        monkeypatch.setattr("prefect_nanogpt.lines.REWRITE_SECONDS", -1.0)
+        assert [manifest.falls_due(20) for _ in range(16)].count(True) == 1
 
 
 class TestInTheFlow:

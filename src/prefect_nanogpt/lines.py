@@ -54,6 +54,9 @@ FILE_NAME: Final = "manifest.jsonl"
 COMPLETED: Final = "completed"
 PROBLEMS_SHOWN: Final = 100
 REWRITE_SECONDS: Final = 30.0
+REWRITE_SHARE: Final = 0.25
+"""How many rows have to be new, as a share of those in the file, before it is written anew: so for each new one no more
+than four are written once more, however many lines there are."""
 LONGEST_ID: Final = 1_000
 ID_SHOWN: Final = 100
 NAME_SHOWN: Final = 40
@@ -403,7 +406,11 @@ class Manifest:
     def __init__(self, destination: Destination) -> None:
         self._destination = destination
         self._others: dict[str, ManifestRow] = {}
-        self._written = time.monotonic()
+        self._due_at = time.monotonic()
+        self._told = 0
+        """How many lines there were to tell of when it was last due."""
+        self._length = 0
+        """How many rows are in the file."""
 
     def read(self) -> dict[str, ManifestRow]:
         """Read the rows of earlier runs, by id. What cannot be read as a row is passed over."""
@@ -411,6 +418,7 @@ class Manifest:
             with suppress(ValidationError):
                 row = ManifestRow.model_validate_json(line)
                 self._others[row.id] = row
+        self._length = len(self._others)
         return dict(self._others)
 
     def write(self, lines: Iterable[Line], rows: Mapping[str, ManifestRow]) -> None:
@@ -418,21 +426,26 @@ class Manifest:
 
         Another batch may have written rows of its own since this one began, so the file is read again before.
         """
-        self._written = time.monotonic()
         told = {line.id: rows[line.id] for line in lines if line.id in rows}
         try:
-            others = {line_id: row for line_id, row in self.read().items() if line_id not in told}
-            everything = costs_once([*told.values(), *others.values()])
+            self._others = {line_id: row for line_id, row in self.read().items() if line_id not in told}
+            everything = costs_once([*told.values(), *self._others.values()])
+            self._length = len(everything)
             # Half a character, should there be one in somebody's words, is escaped as JSON escapes it.
             told_of = "".join(map(_as_json, everything)).encode(errors="backslashreplace")
             self._destination.write(FILE_NAME, told_of)
         except Exception as error:  # the drivers of buckets have families of errors of their own
             run_logger().warning("The manifest cannot be written; the ledger has all that it would say: %s", error)
 
-    @property
-    def is_due(self) -> bool:
-        """Whether it is time to bring the file up to date."""
-        return time.monotonic() - self._written > REWRITE_SECONDS
+    def falls_due(self, lines: int) -> bool:
+        """Whether it is time to bring the file up to date, now that there are so many lines to tell of.
+
+        Of all who ask, one is told so, and writes it.
+        """
+        has_enough = lines - self._told > REWRITE_SHARE * self._length
+        if is_due := has_enough and time.monotonic() - self._due_at > REWRITE_SECONDS:
+            self._due_at, self._told = time.monotonic(), lines
+        return is_due
 
 
 def costs_once(rows: Iterable[ManifestRow]) -> list[ManifestRow]:

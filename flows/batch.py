@@ -453,6 +453,9 @@ class _Batch:
         entry = self._entry(job.id)
         if self.stopped_by is not None and (_stops_everything(self.stopped_by) or not entry.is_paid):
             return await self._row_from_ledger(index, entry, str(self.stopped_by))
+        # Audio of which the manifest does not tell, as after a kill, is not worth a task run.
+        if entry.saved and (row := await self._row_from_ledger(index, entry, None)).is_completed:
+            return row
         try:
             return await self._tell(index, await say_in_one_task(line.id, job, self._terms, steps, entry))
         except NanoGPTError as error:

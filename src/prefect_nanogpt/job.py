@@ -126,7 +126,17 @@ class Steps(Protocol):
 
 async def find(job: Job, terms: Terms, entry: Entry) -> Said | None:
     """Find the audio of a job where it is saved already; None where it is not, or no longer intact."""
+    if _is_untouched(job, entry):
+        return None
     return await terms.ledger.run(_find, job, terms.ledger, entry, terms.resubmit)
+
+
+def _is_untouched(job: Job, entry: Entry) -> bool:
+    """Whether nothing is known of a job, so that there is nothing to read, and no thread needed to read it in.
+
+    The claim finds out if somebody has touched it since.
+    """
+    return not entry.states and job.ticket is None
 
 
 def _find(job: Job, ledger: Ledger, entry: Entry, resubmit: Collection[str]) -> Said | None:
@@ -177,11 +187,9 @@ async def say(job: Job, terms: Terms, steps: Steps, entry: Entry | None = None) 
     while True:
         if said := await find(job, terms, entry):
             return said
-        known = (
-            None
-            if given_up and entry.last == given_up
-            else await ledger.run(_paid_for, job, ledger, entry, terms.resubmit)
-        )
+        known = None
+        if not _is_untouched(job, entry) and not (given_up and entry.last == given_up):
+            known = await ledger.run(_paid_for, job, ledger, entry, terms.resubmit)
         if known is None:
             known = await steps.submit(job, entry)
             is_submitted = True
@@ -253,7 +261,9 @@ async def submit(
         entry = entry if entry is not None else await ledger.run(ledger.entry, job.id)
         if budget:  # what other runs have paid for meanwhile
             await budget.count([(job, entry)])
-        step = await ledger.run(_answer_or_next_try, job, ledger, entry, resubmit)
+        step: Submitted | int | None = entry.next
+        if not _is_untouched(job, entry):
+            step = await ledger.run(_answer_or_next_try, job, ledger, entry, resubmit)
         if isinstance(step, Submitted):
             return step
         if step is not None:

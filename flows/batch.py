@@ -10,7 +10,6 @@ from typing import Annotated, Any, Final, cast
 
 import anyio
 import httpx
-from prefect import flow
 from prefect.runtime import flow_run as this_flow_run
 from pydantic import Field
 
@@ -43,6 +42,7 @@ from prefect_nanogpt.flows.forms import (
     Subtitles,
     Take,
     TimeoutSeconds,
+    flow,
     has_form,
     titled,
 )

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeAlias, cast, get_args
 
 import httpx
-from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowFilter, FlowRunFilter, TaskRunFilter
 from pydantic import BaseModel, ValidationError
@@ -30,7 +29,7 @@ from prefect_nanogpt.errors import (
 )
 from prefect_nanogpt.events import RunReference, run_logger
 from prefect_nanogpt.flows.ending import PLAIN_JSON, failed, given_name, keep_result
-from prefect_nanogpt.flows.forms import ArtifactKey, Credentials, SaveTo, has_form, titled
+from prefect_nanogpt.flows.forms import ArtifactKey, Credentials, SaveTo, flow, has_form, titled
 from prefect_nanogpt.job import Said, Terms, settle
 from prefect_nanogpt.ledger import Entry, Job, Ledger, run_in
 from prefect_nanogpt.models import (

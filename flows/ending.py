@@ -8,7 +8,6 @@ from functools import cache
 from typing import Any, Final
 
 import anyio
-from coolname.data import config as made_up_words
 from prefect import State
 from prefect.client.orchestration import get_client
 from prefect.client.schemas import FlowRun
@@ -57,7 +56,9 @@ def given_name() -> str | None:
 
 @cache
 def _words(kinds: tuple[str, ...]) -> frozenset[str]:
-    lists: dict[str, Any] = made_up_words
+    from coolname.data import config
+
+    lists: dict[str, Any] = config
     return frozenset(word for kind in kinds for word in lists.get(kind, {}).get("words", ()))
 
 

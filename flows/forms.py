@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from decimal import Decimal
+from functools import cached_property
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 from uuid import UUID
 
@@ -18,12 +19,11 @@ from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
 from prefect.exceptions import ParameterTypeError
 from prefect.runtime import flow_run as this_flow_run
-from prefect.utilities.callables import get_parameter_defaults, parameter_schema
+from prefect.utilities.callables import ParameterSchema, get_parameter_defaults, parameter_schema
 from pydantic import BeforeValidator, Field, GetPydanticSchema, WithJsonSchema
 from pydantic.json_schema import NoDefault
 
 from prefect_nanogpt.credentials import ADVANCED, KEY_IN_CLEAR, NanoGPTCredentials, has_key_in_clear, without_key
-from prefect_nanogpt.lines import is_content, usable
 from prefect_nanogpt.models import LARGEST_TAKE, Money, PollSchedule, Ticket
 from prefect_nanogpt.subtitles import SubtitleFormat
 from prefect_nanogpt.tables import read_pasted
@@ -45,6 +45,7 @@ __all__ = [
     "Subtitles",
     "Take",
     "TimeoutSeconds",
+    "flow",
     "has_form",
     "offering",
     "own_signature",
@@ -66,6 +67,8 @@ def _read_as(kind: Any) -> GetPydanticSchema:
 
 
 def _lines(lines: Any) -> Any:
+    from prefect_nanogpt.lines import usable
+
     if isinstance(lines, Iterator):
         raise ValueError("these lines can be read only once, and Prefect reads parameters too: give list(lines)")
     return usable(lines)
@@ -138,6 +141,11 @@ class _HasForm(Flow[P, R]):
     _first: tuple[str, ...]
     _left_out: tuple[str, ...]
     _models: tuple[str, ...] = ()
+
+    @cached_property
+    def parameters(self) -> ParameterSchema:  # type: ignore[override]  # Prefect sets it, and reads it nowhere
+        """The schema of the parameters, made when it is asked for; see `flow`."""
+        return parameter_schema(self.fn)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -292,6 +300,8 @@ def _parameter(name: str, shape: dict[str, Any], default: object) -> inspect.Par
 
 def _pasted(table: Any) -> Any:
     """Read lines that were pasted in the place of a path."""
+    from prefect_nanogpt.lines import is_content
+
     if not isinstance(table, str):
         return table
     pasted = table.strip("\ufeff \t\r\n")
@@ -366,6 +376,22 @@ def offering(flow: Flow[P, R], models: Iterable[str]) -> Flow[P, R]:
     return has_form(*flow._first, left_out=flow._left_out, models=tuple(models))(flow.with_options())
 
 
+def flow(**options: Any) -> Callable[[Callable[P, R]], Flow[P, R]]:
+    """Make a flow that is to have a form, as Prefect's decorator does, but without the schema of its parameters.
+
+    Prefect makes one, and a model to check them by, whenever a flow is declared. For our many parameters that takes
+    longer than to import all else that a run needs, and only who deploys the flow looks at it.
+    """
+
+    def make(function: Callable[P, R]) -> Flow[P, R]:
+        vars(function)["__signature__"] = inspect.Signature()
+        made = Flow(function, validate_parameters=False, **options)
+        del vars(function)["__signature__"]
+        return made
+
+    return make
+
+
 def has_form(
     *first: str, left_out: tuple[str, ...] = (), models: tuple[str, ...] = ()
 ) -> Callable[[Flow[P, R]], Flow[P, R]]:
@@ -381,6 +407,7 @@ def has_form(
 
     def make(flow: Flow[P, R]) -> Flow[P, R]:
         flow.__class__ = _HasForm
+        vars(flow).pop("parameters", None)  # made of no signature, or of that of another version
         vars(flow).update(_first=first, _left_out=left_out, _models=models)
         flow.should_validate_parameters = True  # without which parameters of forms would reach the function
         written = own_signature(flow.fn)

@@ -5,7 +5,6 @@ import textwrap
 from decimal import Decimal
 from typing import Annotated, Any, cast
 
-from prefect import flow
 from prefect.runtime import flow_run as this_flow_run
 from pydantic import ValidationError
 
@@ -35,6 +34,7 @@ from prefect_nanogpt.flows.forms import (
     Subtitles,
     Take,
     TimeoutSeconds,
+    flow,
     has_form,
     titled,
 )
@@ -59,7 +59,6 @@ from prefect_nanogpt.tasks.catalogue import check_names
 from prefect_nanogpt.tasks.ledgers import open_ledger
 from prefect_nanogpt.tasks.parts import longest_part, say_in_parts, timed_parts
 from prefect_nanogpt.tasks.say import TaskSteps
-from prefect_nanogpt.tasks.subtitles import can_write_subtitles, write_beside
 
 __all__ = ["text_to_speech"]
 
@@ -173,6 +172,8 @@ async def text_to_speech(
         named = {name: value for name, value in named.items() if value is not None}
         request = _request(options, {**named, "text": spoken.text, "model": model})
         if subtitles is not None:
+            from prefect_nanogpt.tasks.subtitles import can_write_subtitles
+
             can_write_subtitles()
         async with reporting_interruption(report, save_to):
             ledger, provider = await open_ledger(save_to, credentials)
@@ -209,6 +210,8 @@ async def _write_subtitles(job: Job, ledger: Ledger, spoken: Spoken, audio: Audi
 
     Another limit may have split it after the one that is noted, and then the time is shared out over all of it.
     """
+    from prefect_nanogpt.tasks.subtitles import write_beside
+
     assert job.request is not None
     timed = await ledger.run(timed_parts, job, ledger)
     parts = [(spoken.written_between(*span), seconds) for span, seconds in timed]

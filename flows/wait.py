@@ -3,7 +3,6 @@
 from dataclasses import replace
 from typing import cast
 
-from prefect import flow
 from prefect.runtime import flow_run as this_flow_run
 
 from prefect_nanogpt.credentials import nanogpt_client
@@ -18,6 +17,7 @@ from prefect_nanogpt.flows.forms import (
     SaveTo,
     Schedule,
     TimeoutSeconds,
+    flow,
     has_form,
 )
 from prefect_nanogpt.job import Said, Terms, find, say

@@ -132,6 +132,11 @@ def _in_one_line(lost: bytes) -> str:
 
 
 def _run() -> tuple[int, Callable[[int], None]]:
+    if sys.argv[1:] == ["--version"]:
+        from prefect_nanogpt import __version__
+
+        print(__version__)
+        return 0, lambda _: None
     try:
         from prefect_nanogpt import cli
     except Exception as error:  # such as a setting of Prefect, which reads all of them when it is imported

@@ -19,7 +19,6 @@ from prefect_nanogpt.long_text import LEAST_PART, spans, units
 from prefect_nanogpt.models import AudioFile, Completed, Ticket
 from prefect_nanogpt.report import Report, only_to_look_at
 from prefect_nanogpt.tasks.catalogue import NOT_IN_CATALOGUE, check_names
-from prefect_nanogpt.tasks.join import bytes_of
 from prefect_nanogpt.tasks.say import PlainSteps, say_in_one_task
 
 __all__ = ["longest_part", "parts_of", "plan_of", "say_in_parts", "timed_parts"]
@@ -200,6 +199,8 @@ async def _refusals(
 
 async def _join(parts: Sequence[AudioFile], job: Job, terms: Terms) -> AudioFile:
     """Join the audio of all parts."""
+    from prefect_nanogpt.tasks.join import bytes_of
+
     folder = terms.ledger.folder
     with tempfile.TemporaryDirectory() as temporary:
         names = [part.location.rpartition("/")[2] for part in parts]

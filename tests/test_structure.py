@@ -55,7 +55,7 @@ ENTRANCES = [FLOWS, TASKS, *(f"prefect_nanogpt.{name}" for name in ("cli", "depl
 def test_the_reader_of_imports_sees_them() -> None:
     assert "prefect_nanogpt.tasks.say" in imports_of("prefect_nanogpt.flows.generate")
     assert "prefect_nanogpt.sandbox.api" in imports_of("prefect_nanogpt.sandbox.server")
-    assert "prefect.flow" in imports_of("prefect_nanogpt.flows.wait")
+    assert "prefect.runtime.flow_run" in imports_of("prefect_nanogpt.flows.wait")
     assert {"prefect_nanogpt.job", "prefect_nanogpt", "prefect_nanogpt.cli"} <= MODULES.keys()
 
 

@@ -52,6 +52,26 @@ sync.text_to_speech_batch(typed)
 sync.text_to_speech_batch(mappings, options=options)
 """
 
+LAZY = """
+from prefect_nanogpt import NanoGPTCredentials, flows, sync, tasks
+from prefect_nanogpt import NanoGPTCredential  # type: ignore[attr-defined]
+from prefect_nanogpt.flows import text_to_speach  # type: ignore[attr-defined]
+from prefect_nanogpt.tasks import submit_ttss  # type: ignore[attr-defined]
+from prefect_nanogpt.sync import submit_ttss as another  # type: ignore[attr-defined]
+
+credentials: NanoGPTCredentials
+
+async def each() -> None:
+    reveal = await flows.text_to_speech("A.")
+    reveal.location.upper()
+    reveal.locations  # type: ignore[attr-defined]
+    (await tasks.save_audio(7)).location  # type: ignore[call-overload]
+
+sync.text_to_speech("A.").location.upper()
+sync.text_to_speech(7)  # type: ignore[call-overload]
+"""
+"""Names that are imported when they are used have types, and others are no names; an `ignore` too many is a failure."""
+
 
 def examples_of_docstrings() -> list[str]:
     """Give the examples that are code, not a session at a prompt."""
@@ -84,6 +104,7 @@ def test_mypy_finds_nothing_in_what_is_shown(installed: Installation, tmp_path: 
         **{path.stem: path.read_text() for path in (ROOT / "examples").glob("*.py")},
         **{path.stem: in_a_loop(cells(path)) for path in (ROOT / "examples").glob("*.ipynb")},
         "rows": ROWS,
+        "lazy": LAZY,
     }
     assert len([name for name in shown if name.startswith("docstring")]) > 8
     (tmp_path / "mypy.ini").write_text(SETTINGS)

@@ -50,11 +50,10 @@ from prefect_nanogpt.errors import (
 from prefect_nanogpt.events import LOGIN_LEFT_OUT
 from prefect_nanogpt.flows import text_to_speech, text_to_speech_batch, wait_for_tts
 from prefect_nanogpt.flows.forms import LONGEST_TIMEOUT_SECONDS
-from prefect_nanogpt.folders import PORT
+from prefect_nanogpt.folders import HOST, PORT
 from prefect_nanogpt.job import RESUBMIT, Resubmit
 from prefect_nanogpt.lines import COMPLETED, read_lines
 from prefect_nanogpt.lines import FILE_NAME as MANIFEST
-from prefect_nanogpt.listening import HOST, listening
 from prefect_nanogpt.lookups import balance, dry_run, models, voices
 from prefect_nanogpt.models import (
     DEFAULT_MODEL,
@@ -70,7 +69,6 @@ from prefect_nanogpt.models import (
 from prefect_nanogpt.playing import DESKTOP
 from prefect_nanogpt.playing import play as play_audio
 from prefect_nanogpt.pronunciation import read_pronunciation
-from prefect_nanogpt.sandbox import serve as serve_sandbox
 from prefect_nanogpt.shell import (
     JOB_FAILED,
     PREFECT_FAILED,
@@ -406,6 +404,8 @@ def sandbox(
         port: The port of the API.
         audio_port: The port of the audio host; the next one by default.
     """
+    from prefect_nanogpt.sandbox import serve as serve_sandbox
+
     try:
         serve_sandbox(port=port, audio_port=audio_port, job_seconds=job_seconds)
     except ValueError as error:
@@ -430,6 +430,8 @@ def listen(
         port: The port; the links in reports name 4201, unless NANOGPT_LISTEN_URL names another one.
         host: The address to listen at. Whoever can reach it can hear everything: there is no login.
     """
+    from prefect_nanogpt.listening import listening
+
     for given in folder:
         if not given.is_dir():
             raise UsageError(f"--folder {given} is not a folder.")

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
 from prefect import Flow
@@ -22,9 +22,7 @@ from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
 from prefect.client.schemas.objects import StateType, WorkPool
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule
-from prefect.deployments.runner import RunnerDeployment
 from prefect.exceptions import ObjectNotFound
-from prefect.runner import Runner
 from prefect.settings import get_current_settings
 from prefect.states import Crashed
 from prefect.types.entrypoint import EntrypointType
@@ -35,8 +33,6 @@ from prefect_nanogpt.flows import collect_open_tickets, text_to_speech, text_to_
 from prefect_nanogpt.flows.forms import offering
 from prefect_nanogpt.folders import LISTEN_URL
 from prefect_nanogpt.folders import PORT as LISTEN_PORT
-from prefect_nanogpt.listening import listening
-from prefect_nanogpt.sandbox import Sandbox
 from prefect_nanogpt.shell import (
     NO_KEY,
     PREFECT_FAILED,
@@ -55,6 +51,9 @@ from prefect_nanogpt.shell import (
     stop,
 )
 from prefect_nanogpt.storage import absolute
+
+if TYPE_CHECKING:
+    from prefect.deployments.runner import RunnerDeployment
 
 __all__ = ["DEPLOYMENTS", "TAGS", "Deployment", "deploy", "serve"]
 
@@ -132,6 +131,9 @@ def serve(*, port: Port = 4200, listen_port: Port = LISTEN_PORT) -> int:
         listen_port: The port of the audio pages, if they are started; 0 for a free one, with which links in reports
             last only until this stops.
     """
+    from prefect_nanogpt.listening import listening
+    from prefect_nanogpt.sandbox import Sandbox
+
     check_environment()
     with ExitStack() as stack:
         given = api_url()
@@ -173,6 +175,8 @@ async def _serve(served: list[UUID], where: str) -> None:
             found.others[name] = "served by another process"
         _refuse_those_of_others(found)
         await NanoGPTCredentials.aregister_type_and_schema(client=client)
+    from prefect.runner import Runner
+
     # Paused when it stops, or else runs of the schedules would pile up until the next time.
     runner = Runner(pause_on_shutdown=True)
     for deployment in DEPLOYMENTS:
@@ -317,6 +321,8 @@ def _runner_deployment(
     **of_a_pool: Any,
 ) -> RunnerDeployment:
     """Give a deployment as Prefect applies it: whole where it is new, else with no more than has to be renewed."""
+    from prefect.deployments.runner import RunnerDeployment
+
     made = RunnerDeployment.from_flow(
         offering(deployment.flow, models),
         deployment.flow.name,

@@ -15,8 +15,9 @@ from urllib.parse import quote
 
 from prefect.settings import PREFECT_HOME
 
-__all__ = ["LISTEN_URL", "PORT", "folder_id", "page_url", "register", "registered"]
+__all__ = ["HOST", "LISTEN_URL", "PORT", "folder_id", "page_url", "register", "registered"]
 
+HOST: Final = "127.0.0.1"
 PORT: Final = 4201
 LISTEN_URL: Final = "NANOGPT_LISTEN_URL"
 """The environment variable with the address that links in reports begin with."""

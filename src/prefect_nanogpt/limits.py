@@ -8,7 +8,6 @@ from typing import Final
 from weakref import WeakKeyDictionary
 
 from prefect.client.orchestration import get_client
-from prefect.concurrency.asyncio import rate_limit
 from prefect.exceptions import ObjectNotFound
 
 __all__ = ["RATE_LIMIT", "take_slots"]
@@ -42,6 +41,8 @@ async def take_slots(wanted: int) -> int:
     if limit is None:
         return wanted
     slots = max(1, min(wanted, limit // 2))
+    from prefect.concurrency.asyncio import rate_limit  # few need it
+
     await rate_limit(RATE_LIMIT, occupy=slots)
     return slots
 

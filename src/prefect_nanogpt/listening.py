@@ -45,13 +45,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prefect_nanogpt.audio import CONTENT_TYPES, EXTENSIONS, inspect
 from prefect_nanogpt.errors import AudioError, NanoGPTError
-from prefect_nanogpt.folders import LISTEN_URL, PORT, by_id, registered
+from prefect_nanogpt.folders import HOST, LISTEN_URL, PORT, by_id, registered
 from prefect_nanogpt.recordings import Folder, Recording, find_audio
 from prefect_nanogpt.waveform import draw_waveform
 
-__all__ = ["HOST", "listener_on", "listening"]
+__all__ = ["listener_on", "listening"]
 
-HOST: Final = "127.0.0.1"
 SHOWN: Final = 50
 """How many recordings a page has."""
 STOP_SECONDS: Final = 3.0

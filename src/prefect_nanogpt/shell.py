@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import httpx
 from cyclopts import Parameter, validators
@@ -34,10 +34,11 @@ from prefect_nanogpt.client import problem_with_base_url
 from prefect_nanogpt.credentials import WHERE_KEYS_ARE, NanoGPTCredentials, find_credentials
 from prefect_nanogpt.errors import CredentialsError, NanoGPTError, without_login
 from prefect_nanogpt.ledger import Ledger
-from prefect_nanogpt.listening import listener_on
-from prefect_nanogpt.sandbox import HUMS, TO_SPEAK, Sandbox
 from prefect_nanogpt.storage import Destination
 from prefect_nanogpt_command import STOP_SIGNALS
+
+if TYPE_CHECKING:
+    from prefect_nanogpt.sandbox import Sandbox
 
 __all__ = [
     "JOB_FAILED",
@@ -273,6 +274,8 @@ def check_port(port: int) -> None:
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise NanoGPTError(f"port {port} cannot be used: {error.strerror}", code="NO_SERVER") from None
+        from prefect_nanogpt.listening import listener_on
+
         who, hint = _who_listens(f"http://127.0.0.1:{port}")
         process = f", {found}" if (found := listener_on(port)) else ""
         raise NanoGPTError(
@@ -340,6 +343,8 @@ async def credentials_or_sandbox(stack: ExitStack) -> NanoGPTCredentials:
         return await find_credentials()
     except CredentialsError as error:
         refuse_if_given(error)
+    from prefect_nanogpt.sandbox import Sandbox
+
     sandbox = stack.enter_context(Sandbox())
     say_if_it_hums(sandbox)
     console.print(NO_KEY)
@@ -365,5 +370,7 @@ def prefect_failed(error: BaseException) -> int:
 
 def say_if_it_hums(sandbox: Sandbox) -> None:
     """Say that a sandbox cannot speak, where it cannot."""
+    from prefect_nanogpt.sandbox import HUMS, TO_SPEAK
+
     if sandbox.hums:
         console.print(f"{HUMS} {TO_SPEAK}", markup=False)

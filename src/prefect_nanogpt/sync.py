@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from functools import wraps
-from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar, cast, overload
 
 from prefect import State
 from prefect.context import FlowRunContext, TaskRunContext
@@ -101,17 +101,31 @@ def _refuse_to_block_a_run(name: str) -> None:
         )
 
 
-text_to_speech = _blocking("text_to_speech", flows.text_to_speech)
-text_to_speech_batch = _blocking("text_to_speech_batch", flows.text_to_speech_batch)
-wait_for_tts = _blocking("wait_for_tts", flows.wait_for_tts)
-collect_open_tickets = _blocking("collect_open_tickets", flows.collect_open_tickets)
-get_tts_status = _blocking("get_tts_status", tasks.get_tts_status)
-submit_tts = _blocking("submit_tts", tasks.submit_tts)
-save_audio = _blocking("save_audio", tasks.save_audio)
-join_audio = _blocking("join_audio", tasks.join_audio)
-estimate = _blocking("estimate", tasks.estimate)
-list_models = _blocking("list_models", tasks.list_models)
-list_voices = _blocking("list_voices", tasks.list_voices)
-get_balance = _blocking("get_balance", tasks.get_balance)
-read_ledger = _blocking("read_ledger", tasks.read_ledger)
-write_subtitles = _blocking("write_subtitles", tasks.write_subtitles)
+if TYPE_CHECKING:
+    text_to_speech = _blocking("text_to_speech", flows.text_to_speech)
+    text_to_speech_batch = _blocking("text_to_speech_batch", flows.text_to_speech_batch)
+    wait_for_tts = _blocking("wait_for_tts", flows.wait_for_tts)
+    collect_open_tickets = _blocking("collect_open_tickets", flows.collect_open_tickets)
+    get_tts_status = _blocking("get_tts_status", tasks.get_tts_status)
+    submit_tts = _blocking("submit_tts", tasks.submit_tts)
+    save_audio = _blocking("save_audio", tasks.save_audio)
+    join_audio = _blocking("join_audio", tasks.join_audio)
+    estimate = _blocking("estimate", tasks.estimate)
+    list_models = _blocking("list_models", tasks.list_models)
+    list_voices = _blocking("list_voices", tasks.list_voices)
+    get_balance = _blocking("get_balance", tasks.get_balance)
+    read_ledger = _blocking("read_ledger", tasks.read_ledger)
+    write_subtitles = _blocking("write_subtitles", tasks.write_subtitles)
+
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Make one when it is used, as with the flows and tasks."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        step = getattr(flows if name in flows.__all__ else tasks, name)
+        # Kept, and by the first of several threads: what is pickled by its name must be the one that has it.
+        return globals().setdefault(name, _blocking(name, step))
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

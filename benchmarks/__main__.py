@@ -3,7 +3,8 @@
 python -m benchmarks [--quick] [NAME ...]
 
 A whole run writes docs/performance.json, and from it docs/performance.md with its plots. With names, only these
-comparisons are made anew. A quick run has few jobs and one round, prints, and writes nothing.
+comparisons are made anew. A quick run has few jobs and one round, prints, and writes nothing; without names it makes
+some of them.
 """
 
 import argparse
@@ -15,13 +16,13 @@ from platform import machine, python_version
 from typing import Any
 
 from benchmarks import comparisons, report
-from benchmarks.comparisons import Comparison
+from benchmarks.comparison import Comparison
 
 RESULTS = Path(__file__).parent.parent / "docs" / "performance.json"
 
 
 def this_machine() -> dict[str, Any]:
-    """Name the machine and what runs on it."""
+    """Name the machine and what runs on it, and tell how fast it is at the moment."""
     info = Path("/proc/cpuinfo").read_text()
     models = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
     memory_kb = int(Path("/proc/meminfo").read_text().split()[1])
@@ -29,6 +30,7 @@ def this_machine() -> dict[str, Any]:
         "processor": models[0] if models else machine(),
         "cores": info.count("processor\t"),
         "memory_gb": round(memory_kb / 1024**2),
+        "import_seconds": comparisons.import_seconds(),
         "python": python_version(),
         **{name: version(name) for name in ("prefect", "httpx", "fastapi", "sqlalchemy")},
     }
@@ -49,18 +51,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few jobs, one round, nothing written")
     parser.add_argument("names", nargs="*", choices=[*comparisons.ALL, []], help="the comparisons to make anew")
     arguments = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if arguments.quick:
+        for name in arguments.names or comparisons.QUICK:
+            show(comparisons.ALL[name](True))
+        return
+    machine = this_machine()
     for name in arguments.names or comparisons.ALL:
-        earlier = {} if arguments.quick else results
-        comparison = comparisons.ALL[name](arguments.quick, earlier)
-        if comparison is None:
-            continue
+        comparison = comparisons.ALL[name](False)
         show(comparison)
-        if not arguments.quick:
-            results[name] = {**asdict(comparison), "machine": this_machine()}
-            results = {name: results[name] for name in comparisons.ALL if name in results}
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-            report.write(results)
+        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        results[name] = {**asdict(comparison), "machine": machine}
+        results = {name: results[name] for name in comparisons.ALL if name in results}
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        report.write(results)
 
 
 if __name__ == "__main__":

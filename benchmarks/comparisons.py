@@ -1,4 +1,4 @@
-"""The comparisons: each runs both sides in turn, on the same machine, and says what was to be reached."""
+"""The comparisons: each runs all sides in turn, on the same machine, and says what was to be reached."""
 
 import json
 import os
@@ -7,49 +7,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, median
-from typing import Any
+from statistics import median
 
-from benchmarks import polling
+from benchmarks import batches, polling
+from benchmarks.comparison import Comparison, Target, shown
 from benchmarks.stage import client, measured, prefect_server, provider
 
 
-@dataclass
-class Target:
-    """What was to be reached, and what was measured."""
-
-    what: str
-    measured: float
-    limit: float
-    unit: str = "×"
-    at_least: bool = False
-
-    @property
-    def is_reached(self) -> bool:
-        """Whether the measured figure is on the right side of the limit."""
-        return self.measured >= self.limit if self.at_least else self.measured <= self.limit
-
-
-@dataclass
-class Comparison:
-    """A table, the targets that it is held against, and everything that was measured."""
-
-    title: str
-    about: str
-    columns: list[str]
-    rows: list[list[str]]
-    targets: list[Target] = field(default_factory=list)
-    raw: Any = None
-
-
-def percentile_95(values: list[float]) -> float:
-    """Give the value that one in twenty is above."""
-    return sorted(values)[int(0.95 * len(values))]
-
-
-def compare_polling() -> Comparison:
+def compare_polling(_: bool) -> Comparison:
     """Compare ways of waiting on a virtual clock."""
     costs = polling.compare()
     loop = costs["every 3 s (NanoGPT's sample)"]
@@ -78,245 +44,131 @@ def compare_polling() -> Comparison:
     )
 
 
-def _jobs(module: str, count: int, *, tracked: bool, settle: bool = True, kind: str = "uniform") -> dict[str, Any]:
-    """Run so many jobs through one of the clients, with a provider and a server of their own."""
-    with provider() as api:
-        if not tracked:
-            run = client(module, str(count), kind, provider=api)
-            server_says: dict[str, float] = {}
-        else:
-            with prefect_server() as server:
-                rows, requests, cpu = server.settled_rows(), server.requests(), server.cpu_seconds()
-                run = client(module, str(count), kind, provider=api, server=server)
-                written = server.settled_rows() if settle else server.rows()
-                server_says = {
-                    "rows": (written - rows) / count,
-                    "api_requests": (server.requests() - requests) / count,
-                    "server_cpu_seconds": server.cpu_seconds() - cpu,
-                }
-        seen = api.ask("seen")
-    delays = seen.pop("delays") or [0.0]
-    return {
-        "wall_seconds": run.wall_seconds,
-        "cpu_seconds": run.cpu_seconds,
-        "peak_mb": run.said["peak_mb"],
-        "mean_delay": mean(delays),
-        "p95_delay": percentile_95(delays),
-        **seen,
-        **server_says,
-    }
-
-
-def _middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    return {key: median(run[key] for run in runs) for key in runs[0]}
-
-
-def compare_jobs(count: int, rounds: int, kind: str = "uniform") -> Comparison:
-    """Compare the batch with the obvious script."""
-    runs: dict[str, list[dict[str, Any]]] = {"batch": [], "obvious": []}
-    for _ in range(rounds):
-        for name, found in runs.items():
-            found.append(_jobs(f"benchmarks.{name}", count, tracked=name == "batch", settle=False, kind=kind))
-    figures = {name: _middle(found) for name, found in runs.items()}
-
-    def ratio(key: str) -> float:
-        return median(a[key] / b[key] for a, b in zip(runs["batch"], runs["obvious"], strict=True))
-
-    names = {"batch": "`text_to_speech_batch`, tracked in Prefect", "obvious": "the obvious script"}
-    return Comparison(
-        f"{count:,} jobs at once".replace(",", " "),
-        f"Durations uniform from 2 to {6 if kind == 'quick' else 20} s. On the one side `text_to_speech_batch`, with "
-        "its retries, checks, ledger and three task runs a line, on a Prefect server with SQLite; on the other a "
-        "script of thirty lines (`benchmarks/obvious.py`): `asyncio.gather`, one httpx client with 100 connections, "
-        "a look every three seconds. Neither keeps to a rate limit here. Time and memory are of the whole "
-        "client process, imports included; provider and server run beside it on the same machine. "
-        f"Medians of {rounds} rounds in turn.",
-        ["", "wall, s", "CPU, s", "peak memory, MB", "mean delay, s", "p95 delay, s", "status calls"],
-        [
-            [
-                names[name],
-                f"{of['wall_seconds']:.1f}",
-                f"{of['cpu_seconds']:.1f}",
-                f"{of['peak_mb']:.0f}",
-                f"{of['mean_delay']:.2f}",
-                f"{of['p95_delay']:.2f}",
-                f"{of['status_calls']:.0f}",
-            ]
-            for name, of in figures.items()
-        ],
-        [
-            Target("CPU time of the client, against the script", ratio("cpu_seconds"), 1.0),
-            Target("p95 delay, against the script", ratio("p95_delay"), 1.0),
-            Target("wall time, against the script", ratio("wall_seconds"), 1.2),
-            Target("peak memory of a thousand jobs", figures["batch"]["peak_mb"], 250, "MB"),
-        ]
-        if count == COUNT
-        else [],
-        runs,
-    )
-
-
-def compare_plain() -> Comparison:
-    """Compare the batch with doing it plainly in Prefect."""
-    settings = {"1,000 jobs of 2 to 20 s": (COUNT, "uniform"), "100 jobs of 1 to 180 s": (100, "log-uniform")}
-    found = {
-        setting: {name: _jobs(f"benchmarks.{name}", count, tracked=True, kind=kind) for name in ("batch", "plain")}
-        for setting, (count, kind) in settings.items()
-    }
-    names = {"batch": "`text_to_speech_batch`", "plain": "plainly"}
-    return Comparison(
-        "Against doing it plainly in Prefect",
-        "A flow with a task for each step and a task run for each look, every three seconds (`benchmarks/plain.py`), "
-        "all jobs at once. Rows are those of all tables of the server's database, events and logs included, once all "
-        "has been written; requests are those that the server answered; events and logs travel on a websocket beside "
-        "them. A thousand jobs are more than the plain flow can look after: most of them are finished before it comes "
-        "to look at them the first time, so that it writes few rows and takes many times as long. A hundred jobs, "
-        "log-uniform from 1 to 180 s, let it look as often as it means to.",
-        ["", "looks a job", "rows a job", "API requests a job", "server CPU, s", "client CPU, s", "wall, s"],
-        [
-            [
-                f"{setting}, {names[name]}",
-                f"{of['status_calls'] / of['submitted']:.1f}",
-                f"{of['rows']:.1f}",
-                f"{of['api_requests']:.2f}",
-                f"{of['server_cpu_seconds']:.1f}",
-                f"{of['cpu_seconds']:.1f}",
-                f"{of['wall_seconds']:.1f}",
-            ]
-            for setting, sides in found.items()
-            for name, of in sides.items()
-        ],
-        [
-            Target(
-                f"rows, against a task run for each look, {setting}",
-                sides["batch"]["rows"] / sides["plain"]["rows"],
-                0.25,
-            )
-            for setting, sides in found.items()
-        ],
-        found,
-    )
-
-
-def compare_growth(counts: list[int], known: dict[int, dict[str, Any]]) -> Comparison:
-    """Compare small batches with large ones."""
-    start = _idle()
-    found = {count: _jobs("benchmarks.batch", count, tracked=True, settle=False) for count in counts} | known
-    found = dict(sorted(found.items()))
-    counts = list(found)
-    cpu = {count: 1_000 * (run["cpu_seconds"] - start["cpu_seconds"]) / count for count, run in found.items()}
-    memory = {count: (run["peak_mb"] - start["peak_mb"]) / count for count, run in found.items()}
-    measured_from = [count for count in counts if count >= 100]
-    base = measured_from[0]
-    return Comparison(
-        "Growth",
-        "The same batch with more lines, all at once. CPU and peak memory are of the client process, above one that "
-        f"only imports the flows ({start['cpu_seconds']:.1f} s and {start['peak_mb']:.0f} MB).",
-        ["jobs", "wall, s", "CPU a job, ms", "memory a job, kB", "peak memory, MB"],
-        [
-            [
-                str(count),
-                f"{run['wall_seconds']:.1f}",
-                f"{cpu[count]:.1f}",
-                f"{1024 * memory[count]:.0f}",
-                f"{run['peak_mb']:.0f}",
-            ]
-            for count, run in found.items()
-        ],
-        [Target(f"CPU a job at {count}, against {base}", cpu[count] / cpu[base], 1.2) for count in measured_from[1:]]
-        + [
-            Target(f"memory a job at {count}, against {base}", memory[count] / memory[base], 1.2)
-            for count in measured_from[1:]
-        ],
-        {str(count): run for count, run in found.items()},
-    )
-
-
-def _idle() -> dict[str, float]:
-    """Measure a process that only imports the flows."""
-    code = "import json, benchmarks.batch as b; print(json.dumps({'peak_mb': b.memory_mb('VmHWM')}))"
-    runs = [measured([sys.executable, "-c", code]) for _ in range(3)]
-    return {
-        "cpu_seconds": median(run.cpu_seconds for run in runs),
-        "peak_mb": median(run.said["peak_mb"] for run in runs),
-    }
-
-
-def compare_one_job(rounds: int) -> Comparison:
-    """Compare one job in a flow with one through the bare client."""
+def compare_one_job(quick: bool) -> Comparison:
+    """Compare one job in a flow with one through the bare client, and with a flow that does nothing."""
+    rounds = 2 if quick else 5
     with provider() as api, prefect_server() as server:
         said = client("benchmarks.one_job", str(rounds), provider=api, server=server).said
+    runs, polls = said["run_ms"], said["poll_ms"]
+    sums = [bare + floor for bare, floor in zip(runs["bare"], runs["floor"], strict=True)]
+    above = [ours - bare for ours, bare in zip(polls["tracked"], polls["bare"], strict=True)]
+    names = {
+        "tracked": "`wait_for_tts`",
+        "bare": "the bare client",
+        "floor": "an empty flow with as many empty tasks",
+    }
     return Comparison(
         "One job",
-        f"CPU time of the process that waits, in `wait_for_tts` and through the bare client. Medians of {rounds} jobs.",
+        "CPU time of the process that waits: in `wait_for_tts`, through the bare client, and in a flow that does "
+        "nothing in as many tasks. A run is of a job that is finished at once, so it polls once and saves once "
+        f"({said['task_runs']} task runs). A poll is what each further one adds. Medians of {rounds} rounds in turn, "
+        "with their ranges.",
         ["", "a run, ms", "a poll, ms"],
+        [[name, shown(runs[way], 0), shown(polls[way])] for way, name in names.items()],
         [
-            ["`wait_for_tts`", f"{said['tracked_run_ms']:.0f}", f"{said['tracked_poll_ms']:.1f}"],
-            ["the bare client", f"{said['bare_run_ms']:.0f}", f"{said['bare_poll_ms']:.1f}"],
-        ],
-        raw=said,
+            Target.of(
+                "a run of `wait_for_tts`, against the bare client and the empty flow together",
+                [ours / floor for ours, floor in zip(runs["tracked"], sums, strict=True)],
+                1.2,
+            ),
+            Target.of("a poll above one of the bare client", above, 8, "ms"),
+        ]
+        if not quick
+        else [],
+        said,
     )
 
 
-def compare_imports(rounds: int) -> Comparison:
-    """Compare importing the flows, and one of them, with importing Prefect."""
-    codes = {
-        "import prefect": "import prefect",
-        "one task and one flow": (
-            "from prefect import flow, task\n@task\nasync def one(): ...\n@flow\nasync def whole(): await one()"
-        ),
-        "import prefect_nanogpt.flows": "import prefect_nanogpt.flows",
-        "from prefect_nanogpt.flows import text_to_speech": "from prefect_nanogpt.flows import text_to_speech",
-    }
-    # Where bytecode is not kept, most of the time would go to compiling Prefect, which users do once.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    times: dict[str, list[float]] = {name: [] for name in codes}
-    for round_ in range(rounds + 1):
-        for name, code in codes.items():
-            cpu = measured([sys.executable, "-c", code], environment).cpu_seconds
-            if round_ > 0:  # the first one compiles and fills the disk cache
-                times[name].append(cpu)
-    bare, usual, ours, one_flow = (median(times[name]) for name in codes)
+COMMAND = str(Path(sys.executable).with_name("prefect-nanogpt"))
+PREFECT = "`import prefect`"
+USUAL = "a file with one task and one flow"
+FLOWS, ONE_FLOW = "`import prefect_nanogpt.flows`", "`from prefect_nanogpt.flows import text_to_speech`"
+IMPORTS = {
+    PREFECT: [sys.executable, "-c", "import prefect"],
+    USUAL: [
+        sys.executable,
+        "-c",
+        "from prefect import flow, task\n@task\nasync def one(): ...\n@flow\nasync def whole(): await one()",
+    ],
+    FLOWS: [sys.executable, "-c", "import prefect_nanogpt.flows"],
+    ONE_FLOW: [sys.executable, "-c", "from prefect_nanogpt.flows import text_to_speech"],
+    "`prefect-nanogpt --version`": [COMMAND, "--version"],
+    "`prefect-nanogpt --help`": [COMMAND, "--help"],
+}
+
+
+def compare_imports(quick: bool) -> Comparison:
+    """Compare importing the flows with importing Prefect."""
+    rounds = 2 if quick else 7
+    times = cpu_seconds(IMPORTS, rounds)
+
+    def ratios(name: str) -> list[float]:
+        return [ours / usual for ours, usual in zip(times[name], times[USUAL], strict=True)]
+
     return Comparison(
         "Import",
-        f"CPU time of a process that does nothing else. Medians of {rounds} rounds in turn.",
+        f"CPU time of a process that does nothing else. Medians of {rounds} rounds in turn, with their ranges.",
         ["", "CPU, s"],
-        [[name, f"{median(found):.2f}"] for name, found in times.items()],
+        [[name, shown(found, 2)] for name, found in times.items()],
         [
-            Target("`import prefect_nanogpt.flows`, against `import prefect`", ours / bare, 1.05),
-            Target("the same, against a file with one task and one flow", ours / usual, 1.05),
-            Target("`from prefect_nanogpt.flows import text_to_speech`, against that file", one_flow / usual, 1.1),
+            Target.of(f"{FLOWS}, against {USUAL}", ratios(FLOWS), 1.05),
+            Target.of(f"{ONE_FLOW}, against {USUAL}", ratios(ONE_FLOW), 1.1),
         ],
         times,
     )
 
 
-def compare_large_file(megabytes: int, rounds: int) -> Comparison:
+def cpu_seconds(commands: dict[str, list[str]], rounds: int) -> dict[str, list[float]]:
+    """Run commands in turn, and give the CPU time of each in each round."""
+    times: dict[str, list[float]] = {name: [] for name in commands}
+    for round_ in range(rounds + 1):
+        for name, command in commands.items():
+            took = measured(command).cpu_seconds
+            if round_ > 0:  # the first one compiles and fills the disk cache
+                times[name].append(took)
+    return times
+
+
+def import_seconds() -> float:
+    """Tell how fast this machine is: the CPU time of `import prefect`, in seconds."""
+    return median(cpu_seconds({PREFECT: IMPORTS[PREFECT]}, 5)[PREFECT])
+
+
+def compare_large_file(quick: bool) -> Comparison:
     """Compare saving a large file with `curl`."""
-    found: list[dict[str, float]] = []
+    megabytes, rounds = (50, 1) if quick else (200, 5)
+    sides = {
+        "`save_audio`": ["--without-fast"],
+        **({"the same with the extra `fast`": []} if batches.FAST else {}),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in (*sides, "`curl`")}
+    memory: dict[str, list[float]] = {name: [] for name in sides}
     with provider() as api, prefect_server() as server:
         bodies = [api.ask("file 1"), api.ask(f"file {megabytes}")]
         for _ in range(rounds):
-            ours = client("benchmarks.large_file", json.dumps(bodies), provider=api, server=server).said
-            found.append({**ours, "curl_mb_per_second": megabytes / _curl(bodies[1]["audioUrl"])})
-    speed, curl = (median(run[key] for run in found) for key in ("mb_per_second", "curl_mb_per_second"))
-    memory = median(run["above_idle_mb"] for run in found)
+            for name, options in sides.items():
+                arguments = [*options, json.dumps(bodies)]
+                said = client("benchmarks.large_file", *arguments, provider=api, server=server).said
+                speeds[name].append(said["mb_per_second"])
+                memory[name].append(said["above_idle_mb"])
+            speeds["`curl`"].append(megabytes / _curl(bodies[1]["audioUrl"]))
+    targets = []
+    for name, least in zip(sides, (0.5, 1.0), strict=False):
+        fast = " with `fast`" if least == 1.0 else ""
+        ratios = [ours / curl for ours, curl in zip(speeds[name], speeds["`curl`"], strict=True)]
+        targets += [
+            Target.of(f"throughput of a large file{fast}, against curl", ratios, least, at_least=True),
+            Target.of(f"memory above idle, saving a large file{fast}", memory[name], 30, "MB"),
+        ]
     return Comparison(
         "A large file",
         f"A WAV file of {megabytes} MB from the sandbox to disk: `save_audio`, which hashes and checks it and waits "
-        f"for the disk, against `curl`, which does not. Medians of {rounds} rounds in turn.",
+        f"for the disk, against `curl`, which does not. Medians of {rounds} rounds in turn, with their ranges."
+        f"{batches.NO_FAST}",
         ["", "MB/s", "memory above idle, MB"],
-        [["`save_audio`", f"{speed:.0f}", f"{memory:.1f}"], ["`curl`", f"{curl:.0f}", ""]],
-        [
-            Target("memory above idle, saving a large file", memory, 30, "MB"),
-            Target(
-                "throughput of a large file, against curl",
-                median(run["mb_per_second"] / run["curl_mb_per_second"] for run in found),
-                0.5,
-                at_least=True,
-            ),
-        ],
-        found,
+        [[name, shown(found, 0), shown(memory[name]) if name in memory else ""] for name, found in speeds.items()],
+        targets,
+        {"mb_per_second": speeds, "above_idle_mb": memory},
     )
 
 
@@ -330,20 +182,22 @@ def _curl(url: str) -> float:
         return time.monotonic() - start
 
 
-def _jobs_of(results: dict[str, Any]) -> dict[str, Any]:
-    """Take what the batch took from the comparison with the script, which comes before."""
-    return _middle(results["jobs"]["raw"]["batch"])
-
-
-COUNT, QUICK_COUNT, ROUNDS = 1_000, 30, 3
-
-ALL: dict[str, Callable[[bool, dict[str, Any]], Comparison | None]] = {
-    "polling": lambda quick, _: compare_polling(),
-    "jobs": lambda quick, _: compare_jobs(QUICK_COUNT, 1, "quick") if quick else compare_jobs(COUNT, ROUNDS),
-    "plain": lambda quick, _: None if quick else compare_plain(),
-    "one_job": lambda quick, _: None if quick else compare_one_job(rounds=7),
-    "imports": lambda quick, _: None if quick else compare_imports(7),
-    "growth": lambda quick, known: None if quick else compare_growth([10, 100, 5_000], {COUNT: _jobs_of(known)}),
-    "large_file": lambda quick, _: compare_large_file(50 if quick else 200, 1 if quick else ROUNDS),
+ALL: dict[str, Callable[[bool], Comparison]] = {
+    "jobs": batches.compare_jobs,
+    "limit": batches.compare_limit,
+    "distance": batches.compare_distance,
+    "shards": batches.compare_shards,
+    "small": batches.compare_small,
+    "plain": batches.compare_plain,
+    "one_job": compare_one_job,
+    "imports": compare_imports,
+    "growth": batches.compare_growth,
+    "bucket": batches.compare_bucket,
+    "polling": compare_polling,
+    "large_file": compare_large_file,
+    "disk": batches.compare_disk,
 }
-"""Each comparison by its name: it is told whether to be quick, and what the ones before it measured."""
+"""Each comparison by its name: it is told whether to be quick."""
+
+QUICK = ("jobs", "polling", "large_file", "disk")
+"""Those that `make bench-quick` makes."""

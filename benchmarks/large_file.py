@@ -1,6 +1,6 @@
 """What saving a large file takes in memory and time.
 
-python -m benchmarks.large_file STATUS FOLDER, where STATUS is the JSON of the finished job
+python -m benchmarks.large_file [--without-fast] STATUSES FOLDER, where STATUSES is the JSON of two finished jobs
 """
 
 import asyncio
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from prefect import flow
 
+from benchmarks.batch import without_fast
 from benchmarks.jobs import memory_mb
 from prefect_nanogpt.models import AudioFile, Completed, parse_status
 from prefect_nanogpt.tasks import save_audio
@@ -32,7 +33,10 @@ async def save(small: Completed, large: Completed, folder: str) -> dict[str, flo
 
 
 if __name__ == "__main__":
-    small, large = (parse_status(body) for body in json.loads(sys.argv[1]))
+    *options, statuses, folder = sys.argv[1:]
+    if options == ["--without-fast"]:
+        without_fast()
+    small, large = (parse_status(body) for body in json.loads(statuses))
     assert isinstance(small, Completed)
     assert isinstance(large, Completed)
-    print(json.dumps(asyncio.run(save(small, large, sys.argv[2]))))
+    print(json.dumps(asyncio.run(save(small, large, folder))))

@@ -1,4 +1,6 @@
-"""What one job costs through the flow `wait_for_tts`, on top of the bare client, in CPU time of this process.
+"""What one job costs through the flow `wait_for_tts`, beside the bare client and a flow that does nothing.
+
+All in CPU time of this process.
 
 python -m benchmarks.one_job ROUNDS FOLDER
 """
@@ -9,6 +11,12 @@ import statistics
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
+
+from prefect import flow, task
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.sorting import FlowRunSort
 
 from benchmarks.jobs import texts
 from prefect_nanogpt.credentials import find_credentials
@@ -17,12 +25,16 @@ from prefect_nanogpt.models import Completed, PollSchedule, Ticket, TTSRequest
 from prefect_nanogpt.polling import poll
 from prefect_nanogpt.storage import Destination
 
-STEADY = PollSchedule(min_seconds=0.25, max_seconds=0.25, jitter=0)
+PAUSE_SECONDS = 0.25
+STEADY = PollSchedule(min_seconds=PAUSE_SECONDS, max_seconds=PAUSE_SECONDS, jitter=0)
 SHORT, LONG = 0.0, 5.0
+WRITTEN_SECONDS = 5.0
+
+Way = Callable[[int, Ticket, str], Awaitable[int]]
 
 
-async def bare(ticket: Ticket, folder: str) -> int:
-    """Wait for a job and save its audio with the client alone."""
+async def bare(_: int, ticket: Ticket, folder: str) -> int:
+    """Wait for a job and save its audio with the client alone; give the number of polls."""
     async with (await find_credentials()).get_client() as client:
         outcome = await poll(
             lambda _: client.status(ticket),
@@ -36,35 +48,69 @@ async def bare(ticket: Ticket, folder: str) -> int:
     return outcome.polls
 
 
-async def tracked(ticket: Ticket, folder: str) -> int:
-    """Wait for a job and save its audio in a flow."""
+async def tracked(_: int, ticket: Ticket, folder: str) -> int:
+    """Wait for a job and save its audio in a flow; give the number of polls."""
     return (await wait_for_tts(ticket, save_to=folder, poll=STEADY)).polls
 
 
-async def cost(way: Callable[[Ticket, str], Awaitable[int]], seconds: float, folder: str) -> tuple[float, int]:
-    """Give the CPU time of one job, and its polls."""
+@task
+async def nothing() -> None:
+    """Do nothing."""
+
+
+@flow
+async def empty(tasks: int) -> None:
+    """Do nothing in so many tasks, with the pauses of the polls between them."""
+    for number in range(tasks):
+        if number > 0:
+            await asyncio.sleep(PAUSE_SECONDS)
+        await nothing()
+
+
+async def floor(tasks: int, ticket: Ticket, folder: str) -> int:
+    """Run a flow that does nothing in as many tasks; give their number."""
+    await empty(tasks)
+    return tasks
+
+
+async def cost(way: Way, tasks: int, seconds: float, folder: str) -> tuple[float, int]:
+    """Give the CPU time of one job in seconds, and its polls."""
     async with (await find_credentials()).get_client() as client:
         ticket = await client.submit(TTSRequest(text=texts([seconds])[0]))
     assert isinstance(ticket, Ticket)
     before = time.process_time()
-    polls = await way(ticket, folder)
+    polls = await way(tasks, ticket, folder)
     return time.process_time() - before, polls
 
 
-async def main(rounds: int, folder: str) -> dict[str, float]:
-    """Tell the cost of a poll and of a run, each way, in milliseconds."""
-    result = {}
-    for way in (bare, tracked):
-        await cost(way, SHORT, folder)
-        short = [await cost(way, SHORT, folder) for _ in range(rounds)]
-        long = [await cost(way, LONG, folder) for _ in range(rounds)]
-        once = statistics.median(seconds for seconds, _ in short)
-        many = statistics.median(seconds for seconds, _ in long)
-        polls = statistics.median(polls for _, polls in long)
-        a_poll = (many - once) / (polls - 1)
-        result[f"{way.__name__}_poll_ms"] = 1_000 * a_poll
-        result[f"{way.__name__}_run_ms"] = 1_000 * (once - a_poll)
-    return result
+async def task_runs() -> int:
+    """Count the task runs of the latest flow run."""
+    await asyncio.sleep(WRITTEN_SECONDS)  # the server is told of them later
+    async with get_client() as client:
+        runs = await client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)
+        found = await client.read_task_runs(
+            flow_run_filter=FlowRunFilter.model_validate({"id": {"any_": [runs[0].id]}})
+        )
+    return len(found)
+
+
+async def main(rounds: int, folder: str) -> dict[str, Any]:
+    """Tell the cost of a run and of a poll, each way, in milliseconds, for each round."""
+    _, polls = await cost(tracked, 0, LONG, folder)
+    besides = await task_runs() - polls  # the save, and whatever else is a task run
+    ways: dict[str, Way] = {"tracked": tracked, "bare": bare, "floor": floor}
+    for way in ways.values():
+        await cost(way, 1 + besides, SHORT, folder)
+    run_ms: dict[str, list[float]] = {name: [] for name in ways}
+    poll_ms: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            once = statistics.median([(await cost(way, 1 + besides, SHORT, folder))[0] for _ in range(3)])
+            many, count = await cost(way, polls + besides, LONG, folder)
+            more = count - (1 + besides if name == "floor" else 1)
+            run_ms[name].append(1_000 * once)
+            poll_ms[name].append(1_000 * (many - once) / more)
+    return {"task_runs": 1 + besides, "run_ms": run_ms, "poll_ms": poll_ms}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from benchmarks.comparisons import Target
+from benchmarks.comparison import Target
 
 DOCS = Path(__file__).parent.parent / "docs"
 NOTES = Path(__file__).parent / "notes.md"
@@ -16,21 +16,25 @@ def verdict(target: Target) -> str:
     """Say what was to be reached, what was measured, and whether that is enough."""
     bound = "at least" if target.at_least else "at most"
     reached = "reached" if target.is_reached else "MISSED"
-    return f"{target.what}: {target.measured:.2f} {target.unit}, {bound} {target.limit:g} {target.unit}: {reached}"
+    return f"{target.what}: {target.shown}, {bound} {target.limit:g} {target.unit}: {reached}"
 
 
 def write(results: dict[str, Any]) -> None:
     """Write the page and its plots."""
     machine = next(iter(results.values()))["machine"]
     targets = [Target(**target) for result in results.values() for target in result["targets"]]
+    speeds = sorted(result["machine"]["import_seconds"] for result in results.values())
+    speed = " to ".join(dict.fromkeys(f"{seconds:.2f}" for seconds in (speeds[0], speeds[-1])))
     parts = [
         "# Performance",
         "Made by `make bench` from [performance.json](performance.json), which has every single figure; not to be "
-        "edited. `make bench-quick` gives an idea in about a minute.",
+        "edited. `make bench-quick` gives an idea in about a minute, and `python -m benchmarks NAME` makes one of them "
+        f"anew: {', '.join(f'`{name}`' for name in results)}.",
         f"The machine: {machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB, shared with "
         f"others; Python {machine['python']}, Prefect {machine['prefect']}, httpx {machine['httpx']}. Provider (the "
-        "sandbox), Prefect server and client run on it side by side, so absolute times say little elsewhere. "
-        "Compare the ratios.",
+        "sandbox), Prefect server and client run on it side by side, so absolute times say little elsewhere: compare "
+        f"the ratios. To scale what is absolute to another machine: `import prefect` takes {speed} s of CPU here, in "
+        "the same run.",
         "## Targets",
         _table(
             ["what", "to reach", "measured", ""],
@@ -38,7 +42,7 @@ def write(results: dict[str, Any]) -> None:
                 [
                     target.what,
                     f"{'≥' if target.at_least else '≤'} {target.limit:g} {target.unit}",
-                    f"{target.measured:.2f} {target.unit}",
+                    target.shown,
                     "reached" if target.is_reached else "**missed**",
                 ]
                 for target in targets
@@ -46,7 +50,8 @@ def write(results: dict[str, Any]) -> None:
         ),
     ]
     for name, result in results.items():
-        parts += [f"## {result['title']}", result["about"], _table(result["columns"], result["rows"])]
+        speed = f"`import prefect` took {result['machine']['import_seconds']:.2f} s of CPU."
+        parts += [f"## {result['title']}", f"{result['about']} {speed}", _table(result["columns"], result["rows"])]
         if name in PLOTS:
             PLOTS[name](result)
             parts.append(f"![{result['title']}](images/performance-{name}.svg)")
@@ -73,10 +78,10 @@ def _plot_polling(result: dict[str, Any]) -> None:
 
 def _plot_growth(result: dict[str, Any]) -> None:
     figure = Figure(figsize=(8, 3.5), layout="constrained")
-    counts = [int(row[0]) for row in result["rows"]]
-    for axes, column, label in zip(figure.subplots(1, 2), (2, 3), ("CPU a job, ms", "memory a job, kB"), strict=True):
+    counts = [int(row[0].replace(",", "")) for row in result["rows"]]
+    for axes, column, label in zip(figure.subplots(1, 2), (2, 3), ("CPU a line, ms", "memory a line, kB"), strict=True):
         axes.plot(counts, [float(row[column]) for row in result["rows"]], marker="o")
-        axes.set(xscale="log", xlabel="jobs", ylabel=label)
+        axes.set(xscale="log", xlabel="lines", ylabel=label)
         axes.set_ylim(bottom=0)
     _save(figure, "growth")
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import socket
 import sqlite3
@@ -12,7 +11,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +41,10 @@ class Provider:
 
 
 @contextmanager
-def provider() -> Iterator[Provider]:
+def provider(*options: str) -> Iterator[Provider]:
     """Run the sandbox."""
     with subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.provider"],
+        [sys.executable, "-m", "benchmarks.provider", *options],
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -64,6 +63,11 @@ class PrefectServer:
     url: str
     home: Path
     pid: int
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a process has in its environment to use it."""
+        return {**os.environ, **QUIET, "PREFECT_API_URL": self.url}
 
     def rows(self) -> int:
         """Count the rows of all tables."""
@@ -134,16 +138,28 @@ class Run:
     said: dict[str, Any]
 
 
-def client(module: str, *arguments: str, provider: Provider | None = None, server: PrefectServer | None = None) -> Run:
+def client(
+    module: str,
+    *arguments: str,
+    provider: Provider | None = None,
+    server: PrefectServer | None = None,
+    settings: Mapping[str, str] = {},
+) -> Run:
     """Run a client to its end. The folder for its audio is its last argument."""
+    with surroundings(provider, server) as (environment, folder):
+        return measured([sys.executable, "-m", module, *arguments, folder], environment | dict(settings))
+
+
+@contextmanager
+def surroundings(provider: Provider | None, server: PrefectServer | None) -> Iterator[tuple[dict[str, str], str]]:
+    """Give the environment of a client's process, and an empty folder for its audio."""
     folder = tempfile.mkdtemp(prefix="benchmark-audio-")
-    environment = {**os.environ, **QUIET, "PREFECT_HOME": tempfile.mkdtemp(prefix="benchmark-home-")}
+    environment = {**os.environ, **QUIET} if server is None else server.environment
+    environment["PREFECT_HOME"] = tempfile.mkdtemp(prefix="benchmark-home-")
     if provider is not None:
         environment |= {"NANOGPT_API_KEY": "sandbox", "NANOGPT_BASE_URL": provider.base_url}
-    if server is not None:
-        environment["PREFECT_API_URL"] = server.url
     try:
-        return measured([sys.executable, "-m", module, *arguments, folder], environment)
+        yield environment, folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(environment["PREFECT_HOME"], ignore_errors=True)
@@ -151,14 +167,41 @@ def client(module: str, *arguments: str, provider: Provider | None = None, serve
 
 def measured(command: list[str], environment: dict[str, str] | None = None) -> Run:
     """Run a command to its end and measure the whole process."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    start = time.monotonic()
-    # One at a time is waited for, so what the children took more is what this one took.
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    wall = time.monotonic() - start
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if result.returncode != 0:
-        raise RuntimeError(f"{command} ended with {result.returncode}:\n{result.stderr[-4000:]}")
-    said = json.loads(result.stdout.splitlines()[-1]) if result.stdout.strip() else {}
-    cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-    return Run(wall, cpu, said)
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        start = time.monotonic()
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=errors)
+        _, status, took = os.wait4(process.pid, 0)
+        wall = time.monotonic() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        errors.seek(0)
+        if process.returncode != 0:
+            raise RuntimeError(f"{command} ended with {process.returncode}:\n{errors.read()[-4000:]}")
+        last_line = (output.read().splitlines() or [""])[-1]
+    said = json.loads(last_line) if last_line.startswith("{") else {}
+    return Run(wall, took.ru_utime + took.ru_stime, said)
+
+
+@contextmanager
+def bucket() -> Iterator[dict[str, str]]:
+    """Run an S3 server with the bucket `speech`, and give what a client needs in its environment to use that."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.bucket"],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout
+            yield dict(json.loads(process.stdout.readline()))
+        finally:
+            process.kill()
+
+
+def file_system(folder: str) -> str:
+    """Name the type of the file system that a folder is on."""
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    above = [(place, kind) for place, kind in mounts if Path(folder).resolve().is_relative_to(place)]
+    return max(above, key=lambda mount: len(mount[0]))[1]

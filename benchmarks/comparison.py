@@ -41,10 +41,16 @@ class Target:
     @property
     def shown(self) -> str:
         """What was measured, with its unit, and its range where there is one."""
-        digits = 2 if self.unit == "×" else 1
         if self.lowest is None or self.highest is None or self.lowest == self.highest:
-            return f"{self.measured:.{digits}f} {self.unit}"
-        return f"{self.measured:.{digits}f} {self.unit} ({self.lowest:.{digits}f} to {self.highest:.{digits}f})"
+            return f"{self._number(self.measured)} {self.unit}"
+        return (
+            f"{self._number(self.measured)} {self.unit} ({self._number(self.lowest)} to {self._number(self.highest)})"
+        )
+
+    def _number(self, value: float) -> str:
+        if isinstance(value, int):
+            return f"{value:,}"
+        return f"{value:.2f}" if self.unit == "×" else f"{value:.1f}"
 
 
 @dataclass
@@ -68,8 +74,3 @@ def shown(values: Sequence[float], digits: int = 1) -> str:
 def percentile_95(values: Sequence[float]) -> float:
     """Give the value that one in twenty is above."""
     return sorted(values)[int(0.95 * len(values))]
-
-
-def in_words(count: int) -> str:
-    """Write a number with commas between thousands."""
-    return f"{count:,}"

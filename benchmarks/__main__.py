@@ -9,6 +9,7 @@ some of them.
 
 import argparse
 import json
+import os
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -47,6 +48,8 @@ def show(comparison: Comparison) -> None:
 
 def main() -> None:
     """Run what was asked for."""
+    # Where bytecode is not kept, half of a start is compiling what users compile once.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     parser.add_argument("--quick", action="store_true", help="few jobs, one round, nothing written")
     parser.add_argument("names", nargs="*", choices=[*comparisons.ALL, []], help="the comparisons to make anew")

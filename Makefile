@@ -75,7 +75,7 @@ format: $(VENV)/.installed ## Rewrite the code in its style
 
 UV_LOCK = $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet
 lock: $(VENV)/.installed ## Resolve the dependencies anew into requirements-dev.lock, and requirements.lock, a part of it
-	$(UV_LOCK) --extra sandbox --extra audio --extra long --extra s3 --group dev --upgrade -o requirements-dev.lock
+	$(UV_LOCK) --extra sandbox --extra audio --extra long --extra fast --extra s3 --group dev --upgrade -o requirements-dev.lock
 	$(UV_LOCK) --extra sandbox --extra audio --group build --constraints requirements-dev.lock --upgrade -o requirements.lock
 
 clean: ## Remove what was made

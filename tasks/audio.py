@@ -93,14 +93,9 @@ async def save_content(audio: AudioContent, stem: str, place: Destination) -> Au
 async def download_to(place: Destination, client: NanoGPTClient, audio: Completed, stem: str) -> AudioFile:
     """Download audio into a folder."""
     async with client.download(audio.audio_url) as response:
-        encoded = "content-encoding" in response.headers
         length = response.headers.get("content-length")
         is_hummed = "x-sandbox-hums" in response.headers
-        saved = await place.save(
-            response.aiter_bytes(),
-            stem,
-            expected_bytes=int(length) if length and not encoded else None,
-        )
+        saved = await place.save(response.aiter_raw(), stem, expected_bytes=int(length) if length else None)
     if is_hummed:
         run_logger().warning(HUMMED)
     source_url, _ = split_login(audio.audio_url)

@@ -1,6 +1,7 @@
 """Real parts: one Prefect server for the session, one sandbox for each test, real HTTP in between."""
 
 import asyncio
+import importlib.util
 import os
 import signal
 import socket
@@ -67,6 +68,19 @@ def prefect_server() -> Iterator[None]:
     """A real Prefect server with a database of its own."""
     with prefect_test_harness(server_startup_timeout=120):
         yield
+
+
+TRANSPORTS = ["httpx", *(["aiohttp"] if importlib.util.find_spec("aiohttp") else [])]
+"""What GET requests go over: aiohttp where the extra `fast` is installed."""
+
+
+@pytest.fixture(scope="module", params=TRANSPORTS)
+def transport(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each of the transports. Tests that do not ask for it have the last one."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "httpx":  # as if aiohttp was not installed
+            patch.setitem(sys.modules, "prefect_nanogpt.aiohttp_transport", None)
+        yield request.param
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from prefect_nanogpt.models import AudioContent, Completed, Submission, Ticket, 
 from prefect_nanogpt.sandbox import Accept, Answer, Cut, Hang, Redirect, Sandbox
 from tests.conftest import API_KEY
 
+pytestmark = pytest.mark.usefixtures("transport")
 MODEL = "Elevenlabs-Turbo-V2.5"
 REQUEST = TTSRequest(text="Hello there.", model=MODEL, voice="Rachel", speed=1.1)
 WEB_PAGE = Answer(body="<!doctype html><title>Hello</title>", headers={"content-type": "text/html; charset=utf-8"})

@@ -17,6 +17,7 @@ from prefect_nanogpt.models import Ticket, TTSRequest
 from tests.conftest import API_KEY
 from tests.https_server import NAME, HttpsServer, https_server, ok, proxy
 
+pytestmark = pytest.mark.usefixtures("transport")
 BODY = b"ID3" + bytes(range(200)) * 100
 
 

@@ -45,7 +45,7 @@ from tests.sounds import tone
 T = TypeVar("T")
 FUZZ_SECONDS: Final = float(os.environ.get("FUZZ_SECONDS", "0"))
 """How long each test that composes answers goes on with new ones."""
-pytestmark = pytest.mark.timeout(300 + 2 * FUZZ_SECONDS)
+pytestmark = [pytest.mark.timeout(300 + 2 * FUZZ_SECONDS), pytest.mark.usefixtures("transport")]
 MODEL: Final = "Elevenlabs-Turbo-V2.5"
 REQUEST: Final = TTSRequest(text="Hello there.", model=MODEL)
 LONGEST_TEXT: Final = {"run_id": 512, "message": 2_000, "audio_url": 65_536}

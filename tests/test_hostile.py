@@ -22,6 +22,7 @@ from prefect_nanogpt.models import Completed, Pending, PollSchedule, Rejected, T
 from prefect_nanogpt.sandbox import Accept, Answer, Redirect, Sandbox, Slow
 from tests.conftest import API_KEY
 
+pytestmark = pytest.mark.usefixtures("transport")
 MODEL = "Elevenlabs-Turbo-V2.5"
 REQUEST = TTSRequest(text="Hello there.", model=MODEL)
 TICKET = Ticket(run_id="98b0", model=MODEL)
@@ -327,6 +328,35 @@ async def test_audio_is_read_however_its_packing_is_spelt(
 
     async with asking.download(f"{sandbox.audio_url}/audio/1.mp3") as response:
         assert await response.aread() == b"ID3 and sound"
+
+
+@pytest.mark.parametrize("body", [b"junk", gzip.compress(b"ID3 and sound")[:-9], gzip.compress(b"ID3")[:-8] + bytes(8)])
+async def test_packed_audio_that_cannot_be_unpacked_is_fetched_again(
+    body: bytes, asking: NanoGPTClient, sandbox: Sandbox
+) -> None:
+    sandbox.on_audio(None, [Answer(body=body, headers={"content-encoding": "gzip"})])
+
+    with pytest.raises(AudioError) as caught:
+        async with asking.download(f"{sandbox.audio_url}/audio/1.mp3") as response:
+            await response.aread()
+
+    assert (caught.value.code, caught.value.retryable) == ("AUDIO_TRUNCATED", True)
+
+
+async def test_packed_audio_is_unpacked_a_little_at_a_time(asking: NanoGPTClient, sandbox: Sandbox) -> None:
+    bomb = gzip.compress(b"ID3" + bytes(200_000_000), mtime=0)
+    sandbox.on_audio(None, [Answer(body=bomb, headers={"content-encoding": "gzip"})])
+    size = 0
+    async with asking.download(f"{sandbox.audio_url}/audio/1.mp3") as response:
+        tracemalloc.start()
+        try:
+            async for piece in response.aiter_raw():
+                size += len(piece)
+            assert tracemalloc.get_traced_memory()[1] < 16_000_000
+        finally:
+            tracemalloc.stop()
+
+    assert size == 200_000_003
 
 
 async def test_a_damaged_trailer_costs_no_ticket(asking: NanoGPTClient, sandbox: Sandbox) -> None:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import TracebackType
 from typing import Any, Final, Literal, Self, TypeVar
 from urllib.parse import quote, unquote
@@ -35,7 +35,7 @@ import httpx
 from pydantic import SecretStr
 
 from prefect_nanogpt import __version__
-from prefect_nanogpt.connections import AudioHosts, AudioTransport, split_login
+from prefect_nanogpt.connections import AudioHosts, AudioTransport, api_transport, split_login, ssl_context
 from prefect_nanogpt.errors import (
     CONTENT_POLICY_VIOLATION,
     AudioError,
@@ -95,6 +95,8 @@ LONGEST_CATALOGUE_SECONDS: Final = 10.0
 CATALOGUE_KEPT_SECONDS: Final = 300.0
 LARGEST_ANSWER_BYTES: Final = 128 * 1024**2
 """Of a submission, which some models answer with the audio."""
+LARGEST_UNPACKED_BYTES: Final = 1024**2
+"""Of audio that comes packed, at once."""
 REQUESTS_AT_ONCE: Final = 16
 """httpx's pool slows down with the square of the requests that wait in it, so they wait in front of it."""
 SUBMISSIONS_AT_ONCE: Final = 32
@@ -263,29 +265,29 @@ class NanoGPTClient:
         self._key_source = key_source
         self._secrets = tuple(_to_be_masked(api_key, base_url))
         user_agent = f"prefect-nanogpt/{__version__} Python/{platform.python_version()}"
-        ssl_context = httpx.create_ssl_context()
+        verify = ssl_context()
+        make = partial(
+            httpx.AsyncClient,
+            headers={
+                "x-api-key": api_key.get_secret_value(),
+                "user-agent": user_agent,
+                "accept": "application/json, audio/*",
+                "accept-encoding": "gzip",
+            },
+            verify=verify,
+            auth=split_login(base_url.get_secret_value())[1],
+        )
         try:
-            self._api, self._submissions = (
-                httpx.AsyncClient(
-                    headers={
-                        "x-api-key": api_key.get_secret_value(),
-                        "user-agent": user_agent,
-                        "accept": "application/json, audio/*",
-                        "accept-encoding": "gzip",
-                    },
-                    timeout=timeout,
-                    verify=ssl_context,
-                    auth=split_login(base_url.get_secret_value())[1],
-                )
-                for timeout in (STATUS_TIMEOUT, SUBMIT_TIMEOUT)
-            )
+            self._api, self._submissions = make(timeout=STATUS_TIMEOUT), make(timeout=SUBMIT_TIMEOUT)
+            transport = api_transport(verify, self.base_url)
+            self._gets = make(timeout=STATUS_TIMEOUT, transport=transport) if transport else self._api
         except (ImportError, ValueError, httpx.InvalidURL) as error:
             raise ProviderError(
                 f"The proxy that the environment names, or its NO_PROXY, cannot be used ({self._words(error)}).",
                 code=UNREACHABLE,
             ) from None
         self._is_strict = self.base_url.lower().startswith("https:")
-        self._audio = AudioTransport(ssl_context, hosts if self._is_strict else None)
+        self._audio = AudioTransport(verify, hosts if self._is_strict else None)
         self._audio_headers = {
             "user-agent": user_agent,
             "accept": "audio/*, */*;q=0.1",
@@ -317,6 +319,7 @@ class NanoGPTClient:
         """Close all connections."""
         self._is_closed = True
         await self._api.aclose()
+        await self._gets.aclose()
         await self._audio.aclose()
         if self._has_posted:
             await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._close_submissions(), _background()))
@@ -562,10 +565,11 @@ class NanoGPTClient:
         Raises:
             ProviderError: It could not be read, or is not what it should be.
         """
+        client = self._gets if method == "GET" else self._api
         async with self.turn():
             try:
-                request = self._api.build_request(method, f"{self.base_url}{path}", **sent)
-                answer = await self._read(self._api, request, largest, seconds or LONGEST_LOOK_SECONDS)
+                request = client.build_request(method, f"{self.base_url}{path}", **sent)
+                answer = await self._read(client, request, largest, seconds or LONGEST_LOOK_SECONDS)
             except _FAULTS as error:
                 raise ProviderError(
                     f"{self.base_url} could not be reached ({self._words(error)}).", code=UNREACHABLE, retryable=True
@@ -588,7 +592,7 @@ class NanoGPTClient:
 
     @asynccontextmanager
     async def download(self, url: str) -> AsyncIterator[httpx.Response]:
-        """Open the audio at `url`, on whichever host it is, for streaming.
+        """Open the audio at `url`, on whichever host it is, for streaming: its raw bytes are not packed.
 
         Redirects are followed under the same rules: http or https, and where the API is https also https and a public
         address, or one that is allowed on purpose, so that an answer cannot point this process at a machine of its own
@@ -606,6 +610,7 @@ class NanoGPTClient:
                         url = _joined(audio_url, response.headers["location"])
                         continue
                     _check_answer(response, audio_url.host)
+                    _unpack_on_the_way(response)
                     yield response
                     return
                 except (httpx.HTTPError, httpx.StreamError) as error:
@@ -797,6 +802,40 @@ def _unpacked(content: bytes, headers: httpx.Headers, largest: int) -> tuple[byt
     except zlib.error as error:
         return bytes(unpacked) or content, f"its answer cannot be unpacked ({error})"
     return bytes(unpacked), None if unpacking.eof else "its answer ends too early"
+
+
+def _unpack_on_the_way(response: httpx.Response) -> None:
+    """Unpack the body of a download as it comes: some hosts pack it though that was not asked for."""
+    if _packings(response.headers):
+        assert isinstance(response.stream, httpx.AsyncByteStream)
+        response.stream = _Unpacked(response.stream)
+        del response.headers["content-encoding"]
+        response.headers.pop("content-length", None)  # of what is packed
+
+
+class _Unpacked(httpx.AsyncByteStream):
+    """A body unpacked in pieces of a bounded size, which httpx does not do: a thousand times as much may be in one."""
+
+    def __init__(self, stream: httpx.AsyncByteStream) -> None:
+        self._stream = stream
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        unpacking = zlib.decompressobj(zlib.MAX_WBITS | 32)
+        try:
+            async for packed in self._stream:
+                while packed and not unpacking.eof:
+                    yield unpacking.decompress(packed, LARGEST_UNPACKED_BYTES)
+                    packed = unpacking.unconsumed_tail
+                if unpacking.eof:
+                    return
+            yield unpacking.flush()
+        except zlib.error as error:
+            raise httpx.DecodingError(str(error)) from None
+        if not unpacking.eof:
+            raise httpx.DecodingError("what is packed ends too early")
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
 
 
 def _retry_after_seconds(headers: httpx.Headers) -> float | None:

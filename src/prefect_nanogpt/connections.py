@@ -17,6 +17,7 @@ import time
 import urllib.request
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache, partial
 from typing import Any, Final
 
 import anyio
@@ -25,7 +26,7 @@ import httpx
 
 from prefect_nanogpt.errors import AudioError, without_login
 
-__all__ = ["AudioHosts", "AudioTransport", "is_public", "split_login"]
+__all__ = ["AudioHosts", "AudioTransport", "api_transport", "is_public", "split_login", "ssl_context"]
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -149,6 +150,18 @@ def _name(entry: str) -> str:
     return star + name
 
 
+def ssl_context() -> ssl.SSLContext:
+    """Give what certificates are verified with: made once a process, since that takes longer than a request."""
+    return _ssl_context(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
+
+
+@lru_cache
+def _ssl_context(file: str | None, folder: str | None) -> ssl.SSLContext:
+    context = httpx.create_ssl_context()  # which reads both variables itself
+    context.set_alpn_protocols(["http/1.1"])  # as httpcore does and aiohttp does not
+    return context
+
+
 def refusal(host: str, address: Address) -> AudioError:
     """Make the error of a host that is not connected to."""
     at = f" ({address})" if str(address) != host.strip("[]") else ""
@@ -203,16 +216,11 @@ class _Checked(httpcore.AsyncNetworkBackend):
 
         Raises:
             AudioError: One of the addresses is not allowed.
-            httpcore.ConnectError: The name cannot be resolved, or none of its addresses answers.
+            httpx.ConnectError: The name cannot be resolved.
+            httpcore.ConnectError: None of its addresses answers.
         """
         ends = time.monotonic() + timeout if timeout is not None else None
-        literal = _literal(host.rstrip("."))
-        if literal is not None and not self._hosts.allows(host, literal):
-            raise refusal(host, literal)
-        addresses = await _resolve(host, port, timeout)
-        for address in addresses:
-            if not self._hosts.allows(host, address):
-                raise refusal(host, address)
+        addresses = await _addresses(self._hosts, host, port, timeout)
         for left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
             share = None if ends is None else max(0.0, ends - time.monotonic()) / left
             try:
@@ -236,20 +244,59 @@ class _Checked(httpcore.AsyncNetworkBackend):
         await anyio.sleep(seconds)
 
 
-async def _resolve(host: str, port: int, timeout: float | None) -> list[Address]:
-    """Look a name up, once.
+async def _addresses(hosts: AudioHosts | None, host: str, port: int, timeout: float | None = None) -> list[Address]:
+    """Look a host up, once, and make sure that it may be connected to at all of its addresses.
 
     Raises:
-        httpcore.ConnectError: There is no answer, or none that can be used.
+        AudioError: It may not be at one of them.
+        httpx.ConnectError: There is no answer, or none that can be used.
     """
+    _refuse_literal(hosts, host)
     try:
         with anyio.fail_after(timeout):
             found = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except TimeoutError:
-        raise httpcore.ConnectTimeout(f"the name {host} was not resolved in time") from None
+        raise httpx.ConnectTimeout(f"the name {host} was not resolved in time") from None
     except (OSError, OverflowError, UnicodeError) as error:
-        raise httpcore.ConnectError(f"the name {host} cannot be resolved: {error}") from None
-    return list(dict.fromkeys(ipaddress.ip_address(info[4][0]) for info in found))
+        raise httpx.ConnectError(f"the name {host} cannot be resolved: {error}") from None
+    addresses = list(dict.fromkeys(ipaddress.ip_address(info[4][0]) for info in found))
+    for address in addresses:
+        if hosts is not None and not hosts.allows(host, address):
+            raise refusal(host, address)
+    return addresses
+
+
+def _refuse_literal(hosts: AudioHosts | None, host: str) -> None:
+    """Make sure of a host that is an address, without looking it up.
+
+    Raises:
+        AudioError: It may not be connected to.
+    """
+    if hosts is not None and (literal := _literal(host.rstrip("."))) and not hosts.allows(host, literal):
+        raise refusal(host, literal)
+
+
+def _over_aiohttp(verify: ssl.SSLContext, hosts: AudioHosts | None = None) -> httpx.AsyncBaseTransport | None:
+    """Make the transport for GET requests of the extra `fast`; None where that is not installed, or is too old."""
+    try:
+        from prefect_nanogpt.aiohttp_transport import AiohttpTransport
+    except ImportError:
+        return None
+    return AiohttpTransport(verify, partial(_addresses, hosts))
+
+
+def _suits_aiohttp(host: str) -> bool:
+    """Whether a host is a name, or an address as it is usually written: others aiohttp refuses, or reads in its way."""
+    literal = _literal(host)
+    return literal is None or host == "localhost" or host == str(literal)
+
+
+def api_transport(verify: ssl.SSLContext, base_url: str) -> httpx.AsyncBaseTransport | None:
+    """Make the transport for the GET requests to the API; None where httpx's own is to be used."""
+    url = httpx.URL(base_url)
+    if _proxy_for(url) is not None or not _suits_aiohttp(url.raw_host.decode()):
+        return None
+    return _over_aiohttp(verify)
 
 
 class AudioTransport(httpx.AsyncBaseTransport):
@@ -274,6 +321,7 @@ class AudioTransport(httpx.AsyncBaseTransport):
             max_keepalive_connections=20,
             keepalive_expiry=5.0,
         )
+        self._over_aiohttp = _over_aiohttp(verify, hosts)
         self._proxied: dict[str, httpx.AsyncHTTPTransport] = {}
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -285,13 +333,14 @@ class AudioTransport(httpx.AsyncBaseTransport):
 
     async def _send(self, request: httpx.Request) -> httpx.Response:
         url = request.url
+        host = url.raw_host.decode()
+        _refuse_literal(self._hosts, host)
         if (proxy := _proxy_for(url)) is not None:
-            host = url.raw_host.decode()
-            if self._hosts and (address := _literal(host.rstrip("."))) and not self._hosts.allows(host, address):
-                raise refusal(host, address)
             if proxy not in self._proxied:
                 self._proxied[proxy] = httpx.AsyncHTTPTransport(verify=self._verify, proxy=proxy)
             return await self._proxied[proxy].handle_async_request(request)
+        if self._over_aiohttp is not None and _suits_aiohttp(host):
+            return await self._over_aiohttp.handle_async_request(request)
         with _as_of_httpx():
             response = await self._direct.handle_async_request(
                 httpcore.Request(
@@ -310,6 +359,8 @@ class AudioTransport(httpx.AsyncBaseTransport):
     async def aclose(self) -> None:
         """Close all connections."""
         await self._direct.aclose()
+        if self._over_aiohttp is not None:
+            await self._over_aiohttp.aclose()
         for transport in self._proxied.values():
             await transport.aclose()
 

@@ -465,6 +465,7 @@ def nobody_listens() -> str:
     return f"http://127.0.0.1:{free_port()}/api"
 
 
+@pytest.mark.usefixtures("transport")
 async def test_no_traceback_shows_a_secret_among_its_local_variables(
     provider: Provider, sandbox: Sandbox, nobody_listens: str, save_to: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

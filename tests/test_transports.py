@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -382,8 +382,10 @@ async def test_nothing_is_left_open(server: Server) -> None:
 
 @with_aiohttp
 def test_a_client_may_be_used_in_one_loop_after_another(transport: str) -> None:
-    async def ask() -> None:
+    async def ask(*then: Callable[[], Awaitable[None]]) -> None:
         assert await client.status(TICKET) == Pending(word="pending")
+        for step in then:
+            await step()
 
     loop = asyncio.new_event_loop()
     serving_thread = threading.Thread(target=loop.run_forever, daemon=True)
@@ -391,13 +393,15 @@ def test_a_client_may_be_used_in_one_loop_after_another(transport: str) -> None:
     try:
         opened = serving()
         server = asyncio.run_coroutine_threadsafe(opened.__aenter__(), loop).result()
+        server.answers = [ok(PENDING, b"connection: close")]
         client = client_of(server)
         asyncio.run(ask())
-        asyncio.run(ask())
+        asyncio.run(ask(client.aclose))
         asyncio.run_coroutine_threadsafe(opened.__aexit__(None, None, None), loop).result()
     finally:
         loop.call_soon_threadsafe(loop.stop)
         serving_thread.join()
+        loop.close()
 
     assert (len(server.requests), server.connections) == (2, 2)
 

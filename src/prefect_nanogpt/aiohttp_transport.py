@@ -54,19 +54,25 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
             raise httpx.UnsupportedProtocol("only GET goes over aiohttp")
         url, timeout = request.url, request.extensions["timeout"]
         host = url.raw_host.decode()
-        answer = await self._opened().get(
-            # As path is given all of the target, since yarl leaves out the question mark of an empty query.
-            URL.build(
-                scheme=url.scheme,
-                host=f"[{host}]" if ":" in host else host,
-                port=url.port,
-                path=url.raw_path.decode(),
-                encoded=True,
-            ),
-            headers=[(name.decode(), value.decode("latin-1")) for name, value in request.headers.raw],
-            allow_redirects=False,
-            timeout=aiohttp.ClientTimeout(connect=timeout["connect"], sock_read=timeout["read"]),
+        session = self._opened()
+        # As path is given all of the target, since yarl leaves out the question mark of an empty query.
+        target = URL.build(
+            scheme=url.scheme,
+            host=f"[{host}]" if ":" in host else host,
+            port=url.port,
+            path=url.raw_path.decode(),
+            encoded=True,
         )
+        try:
+            answer = await session.get(
+                target,
+                headers=[(name.decode(), value.decode("latin-1")) for name, value in request.headers.raw],
+                allow_redirects=False,
+                timeout=aiohttp.ClientTimeout(connect=timeout["connect"], sock_read=timeout["read"]),
+            )
+        except BaseException as error:
+            # The key is among the local variables of aiohttp's frames, and there are tracebacks that show those.
+            raise error.with_traceback(None) from None
         self._answers.add(answer)
         return httpx.Response(answer.status, headers=answer.raw_headers, stream=_Body(answer))
 
@@ -134,7 +140,7 @@ async def _once(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerTy
         return await handler(request)
     except (aiohttp.ClientError, OSError) as error:
         fault = _as_of_httpx(error)
-    raise fault  # outside, since aiohttp's error has the headers of the request
+    raise fault  # outside, since aiohttp's error has the headers of the request, and would be its context
 
 
 def _as_of_httpx(error: Exception) -> httpx.TransportError:
@@ -145,7 +151,7 @@ def _as_of_httpx(error: Exception) -> httpx.TransportError:
         case TimeoutError():
             return httpx.ReadTimeout("nothing came in time")
         case aiohttp.ClientConnectorError():
-            return httpx.ConnectError(str(error.os_error))
+            return httpx.ConnectError(str(error.__cause__))
         case aiohttp.ServerDisconnectedError():
             return httpx.RemoteProtocolError("the connection was closed before there was an answer")
         case aiohttp.ClientResponseError():

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: help demo test compat fuzz bench bench-quick screenshots reference lint format lock clean
+.PHONY: help demo test compat fuzz bench bench-quick soak screenshots reference lint format lock clean
 
 help: ## Show what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -50,11 +50,14 @@ compat: $(VENV)/.installed ## Test the wheel on another Python (ON=3.13), or the
 fuzz: $(VENV)/.installed ## Answer every call with odd bytes that are new, for FUZZ_SECONDS a test
 	FUZZ_SECONDS=$(or $(FUZZ_SECONDS),120) $(BIN)/python -m pytest tests/test_fuzz.py $(PYTEST_ARGS)
 
-bench: $(VENV)/.installed ## Measure everything into docs/performance.md (half an hour)
+bench: $(VENV)/.installed ## Measure everything into docs/performance.md (about 40 minutes)
 	$(BIN)/python -m benchmarks
 
 bench-quick: $(VENV)/.installed ## Measure a little in about a minute, and only print it
 	$(BIN)/python -m benchmarks --quick
+
+soak: $(VENV)/.installed ## Say 10,000 lines through faults and a kill, and check what is left (LINES=500 in a minute)
+	$(BIN)/python -m benchmarks.soak $(LINES)
 
 screenshots: $(VENV)/.installed ## Photograph the Prefect UI for the documentation (needs Chromium)
 	SCREENSHOTS=docs/images $(BIN)/python -m pytest tests/test_new_user.py

@@ -27,7 +27,7 @@ from prefect_nanogpt.storage import Destination
 
 PAUSE_SECONDS = 0.25
 STEADY = PollSchedule(min_seconds=PAUSE_SECONDS, max_seconds=PAUSE_SECONDS, jitter=0)
-SHORT, LONG = 0.0, 5.0
+SHORT, LONG = 0.0, 3.0
 WRITTEN_SECONDS = 5.0
 
 Way = Callable[[int, Ticket, str], Awaitable[int]]

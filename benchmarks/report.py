@@ -79,7 +79,7 @@ def _plot_polling(result: dict[str, Any]) -> None:
 def _plot_growth(result: dict[str, Any]) -> None:
     figure = Figure(figsize=(8, 3.5), layout="constrained")
     counts = [int(row[0].replace(",", "")) for row in result["rows"]]
-    for axes, column, label in zip(figure.subplots(1, 2), (2, 3), ("CPU a line, ms", "memory a line, kB"), strict=True):
+    for axes, column, label in zip(figure.subplots(1, 2), (2, 3), ("CPU a line, ms", "peak memory, MB"), strict=True):
         axes.plot(counts, [float(row[column]) for row in result["rows"]], marker="o")
         axes.set(xscale="log", xlabel="lines", ylabel=label)
         axes.set_ylim(bottom=0)

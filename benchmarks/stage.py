@@ -20,6 +20,9 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 QUIET = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PREFECT_SERVER_LOGGING_LEVEL": "INFO"}
 
+SETTLED_SECONDS = 8.0
+"""The server writes events every five seconds."""
+
 
 class Provider:
     """The sandbox in a process of its own."""
@@ -76,12 +79,13 @@ class PrefectServer:
             return sum(int(database.execute(f'SELECT count(*) FROM "{table}"').fetchone()[0]) for table in tables)
 
     def settled_rows(self) -> int:
-        """Count the rows once the server has written what it was sent."""
-        before = -1
-        while (now := self.rows()) != before:
-            before = now
-            time.sleep(2)
-        return now
+        """Count the rows once the server has written what it was sent, which it does some seconds later."""
+        rows, since = self.rows(), time.monotonic()
+        while time.monotonic() - since < SETTLED_SECONDS:
+            time.sleep(1)
+            if (now := self.rows()) != rows:
+                rows, since = now, time.monotonic()
+        return rows
 
     def requests(self) -> int:
         """Count the HTTP requests it has answered."""

@@ -149,9 +149,8 @@ def compare_jobs(quick: bool) -> Comparison:
         "thirty lines (`benchmarks/obvious.py`): `asyncio.gather`, one httpx client with 100 connections, a look every "
         "three seconds. Neither keeps to a rate limit here. Time and memory are of the whole client process, imports "
         "included; provider and server run beside it on the same machine. Rows are those of all tables of the server's "
-        "database, events and logs included, once all has been written; they and the server's CPU time are of the first "
-        "round. Medians of "
-        f"{rounds} rounds in turn, with their ranges; ratios are of the same round.{NO_FAST}",
+        "database, events and logs included, once all has been written; they and the server's CPU time are of the "
+        f"first round. Medians of {rounds} rounds in turn, with their ranges; ratios are of the same round.{NO_FAST}",
         ["", *columns],
         [_row(name, found, columns) for name, found in sides.items()],
         targets,

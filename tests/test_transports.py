@@ -291,6 +291,44 @@ async def test_what_breaks_off_or_is_no_http_is_a_typed_error_without_the_query_
     assert API_KEY not in str(of_the_status.value)
 
 
+@with_aiohttp
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"content-length: 21\r\ncontent-length: 21",
+        b"\r\n".join(b"x-%d: y" % number for number in range(300)) + b"\r\ncontent-length: 21",
+    ],
+    ids=["its length twice", "many headers"],
+)
+async def test_a_host_that_only_httpx_can_read_is_asked_over_httpx_from_then_on(
+    head: bytes, server: Server, over_aiohttp: list[str], transport: str
+) -> None:
+    server.answers = [b"HTTP/1.1 200 OK\r\n" + head + b"\r\n\r\n" + PENDING]
+    url = f"http://{server.place}/1.mp3"
+    async with client_of(server) as client:
+        with pytest.raises(ProviderError) as of_the_status:
+            await client.status(TICKET)
+        with pytest.raises(AudioError) as of_the_audio:
+            await fetched(client, url)
+        assert await client.status(TICKET) == Pending(word="pending")
+        assert await fetched(client, url) == PENDING
+
+    assert of_the_status.value.retryable
+    assert of_the_audio.value.retryable
+    assert over_aiohttp == ["GET", "GET"]
+
+
+@pytest.mark.usefixtures("transport")
+async def test_a_change_of_protocol_is_no_answer_and_may_pass(server: Server) -> None:
+    server.answers = [b"HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n", ok(PENDING)]
+    async with client_of(server) as client:
+        with pytest.raises(ProviderError) as caught:
+            await client.status(TICKET)
+        assert await client.status(TICKET) == Pending(word="pending")
+
+    assert caught.value.retryable
+
+
 @pytest.mark.usefixtures("transport")
 async def test_a_host_that_does_not_take_the_connection_is_a_typed_error() -> None:
     async with serving() as server:
@@ -343,6 +381,28 @@ async def test_what_was_given_up_half_read_is_not_read_by_the_next(server: Serve
         assert await fetched(client, url) == b'{"status": "queued"}'
 
     assert server.connections == 2
+
+
+@pytest.mark.usefixtures("transport")
+async def test_what_comes_unasked_on_a_kept_connection_is_not_the_answer_to_the_next_request() -> None:
+    came = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError, asyncio.IncompleteReadError):
+            while await reader.readuntil(b"\r\n\r\n"):
+                writer.write(ok(PENDING))
+                await asyncio.sleep(0.05)
+                writer.write(ok(b'{"status": "failed", "error": "The job of somebody else"}'))
+                came.set()
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
+        port = listening.sockets[0].getsockname()[1]
+        async with NanoGPTClient(API_KEY, f"http://127.0.0.1:{port}/api") as client:
+            assert await client.status(TICKET) == Pending(word="pending")
+            await came.wait()
+            await asyncio.sleep(0.05)
+            assert await client.status(TICKET) == Pending(word="pending")
 
 
 @pytest.mark.usefixtures("transport")

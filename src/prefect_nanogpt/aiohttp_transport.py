@@ -17,6 +17,8 @@ from weakref import WeakSet
 import aiohttp
 import httpx
 from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.connector import Connection
+from aiohttp.tracing import Trace
 from yarl import URL
 
 __all__ = ["AiohttpTransport", "Resolve"]
@@ -34,6 +36,9 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
     Args:
         verify: What certificates are verified with.
         resolve: Gives the addresses that a host may be connected to at a port, or raises.
+
+    Attributes:
+        misread: Hosts whose answers aiohttp could not read. It is stricter than httpx, which is to be used for them.
     """
 
     def __init__(self, verify: ssl.SSLContext, resolve: Resolve) -> None:
@@ -43,6 +48,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._answers: WeakSet[aiohttp.ClientResponse] = WeakSet()
         self._is_closed = False
+        self.misread: set[str] = set()
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request, once.
@@ -71,8 +77,13 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
                 timeout=aiohttp.ClientTimeout(connect=timeout["connect"], sock_read=timeout["read"]),
             )
         except BaseException as error:
+            if isinstance(error, httpx.RemoteProtocolError):
+                self.misread.add(host)
             # The key is among the local variables of aiohttp's frames, and there are tracebacks that show those.
             raise error.with_traceback(None) from None
+        if answer.status < 200:  # another protocol, which nobody has asked for
+            answer.close()
+            raise httpx.RemoteProtocolError(f"the answer is HTTP {answer.status}")
         self._answers.add(answer)
         return httpx.Response(answer.status, headers=answer.raw_headers, stream=_Body(answer))
 
@@ -85,7 +96,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
                 self._session.detach()  # its loop has ended, and its connections with it
             self._loop = asyncio.get_running_loop()
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(
+                connector=_Connector(
                     ssl=self._verify,
                     resolver=self._resolver,
                     use_dns_cache=False,
@@ -107,6 +118,22 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
             answer.close()  # which tells whoever waits for more of it; the session does not
         if self._session is not None:
             await self._session.close()
+
+
+class _Connector(aiohttp.TCPConnector):
+    """Keeps connections, but for those on which something came that nobody had asked for.
+
+    aiohttp takes that for the answer to the next request, which is about another job.
+    """
+
+    async def connect(
+        self, req: aiohttp.ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
+    ) -> Connection:
+        while True:
+            connection = await super().connect(req, traces, timeout)
+            if connection.protocol is None or not connection.protocol.should_close:
+                return connection
+            connection.close()
 
 
 class _Resolver(AbstractResolver):
@@ -153,7 +180,7 @@ def _as_of_httpx(error: Exception) -> httpx.TransportError:
         case aiohttp.ClientConnectorError():
             return httpx.ConnectError(str(error.__cause__))
         case aiohttp.ServerDisconnectedError():
-            return httpx.RemoteProtocolError("the connection was closed before there was an answer")
+            return httpx.ReadError("the connection was closed before there was an answer")
         case aiohttp.ClientResponseError():
             return httpx.RemoteProtocolError(error.message)
         case aiohttp.ClientPayloadError():

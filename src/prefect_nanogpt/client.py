@@ -279,8 +279,8 @@ class NanoGPTClient:
         )
         try:
             self._api, self._submissions = make(timeout=STATUS_TIMEOUT), make(timeout=SUBMIT_TIMEOUT)
-            transport = api_transport(verify, self.base_url)
-            self._gets = make(timeout=STATUS_TIMEOUT, transport=transport) if transport else self._api
+            self._fast = api_transport(verify, self.base_url)
+            self._gets = make(timeout=STATUS_TIMEOUT, transport=self._fast) if self._fast else self._api
         except (ImportError, ValueError, httpx.InvalidURL) as error:
             raise ProviderError(
                 f"The proxy that the environment names, or its NO_PROXY, cannot be used ({self._words(error)}).",
@@ -565,9 +565,10 @@ class NanoGPTClient:
         Raises:
             ProviderError: It could not be read, or is not what it should be.
         """
-        client = self._gets if method == "GET" else self._api
         async with self.turn():
             try:
+                is_misread = self._fast is not None and bool(self._fast.misread)
+                client = self._gets if method == "GET" and not is_misread else self._api
                 request = client.build_request(method, f"{self.base_url}{path}", **sent)
                 answer = await self._read(client, request, largest, seconds or LONGEST_LOOK_SECONDS)
             except _FAULTS as error:

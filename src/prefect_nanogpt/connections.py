@@ -18,13 +18,16 @@ import urllib.request
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 import httpcore
 import httpx
 
 from prefect_nanogpt.errors import AudioError, without_login
+
+if TYPE_CHECKING:
+    from prefect_nanogpt.aiohttp_transport import AiohttpTransport
 
 __all__ = ["AudioHosts", "AudioTransport", "api_transport", "is_public", "split_login", "ssl_context"]
 
@@ -276,7 +279,7 @@ def _refuse_literal(hosts: AudioHosts | None, host: str) -> None:
         raise refusal(host, literal)
 
 
-def _over_aiohttp(verify: ssl.SSLContext, hosts: AudioHosts | None = None) -> httpx.AsyncBaseTransport | None:
+def _over_aiohttp(verify: ssl.SSLContext, hosts: AudioHosts | None = None) -> AiohttpTransport | None:
     """Make the transport for GET requests of the extra `fast`; None where that is not installed, or is too old."""
     try:
         from prefect_nanogpt.aiohttp_transport import AiohttpTransport
@@ -291,7 +294,7 @@ def _suits_aiohttp(host: str) -> bool:
     return literal is None or host == "localhost" or host == str(literal)
 
 
-def api_transport(verify: ssl.SSLContext, base_url: str) -> httpx.AsyncBaseTransport | None:
+def api_transport(verify: ssl.SSLContext, base_url: str) -> AiohttpTransport | None:
     """Make the transport for the GET requests to the API; None where httpx's own is to be used."""
     url = httpx.URL(base_url)
     if _proxy_for(url) is not None or not _suits_aiohttp(url.raw_host.decode()):
@@ -339,8 +342,9 @@ class AudioTransport(httpx.AsyncBaseTransport):
             if proxy not in self._proxied:
                 self._proxied[proxy] = httpx.AsyncHTTPTransport(verify=self._verify, proxy=proxy)
             return await self._proxied[proxy].handle_async_request(request)
-        if self._over_aiohttp is not None and _suits_aiohttp(host):
-            return await self._over_aiohttp.handle_async_request(request)
+        fast = self._over_aiohttp
+        if fast is not None and host not in fast.misread and _suits_aiohttp(host):
+            return await fast.handle_async_request(request)
         with _as_of_httpx():
             response = await self._direct.handle_async_request(
                 httpcore.Request(

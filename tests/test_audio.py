@@ -76,6 +76,45 @@ def test_the_container_is_told_by_the_first_bytes(head: bytes, container: str | 
     assert container_of(head[:12]) == container
 
 
+def float_wav(*samples: float, channels: int = 1, rate: int = 8_000) -> bytes:
+    """A WAV file of 32-bit floating-point samples."""
+    data = struct.pack(f"<{len(samples)}f", *samples)
+    head = struct.pack("<HHIIHHH", 3, channels, rate, 4 * channels * rate, 4 * channels, 32, 0)
+    chunks = b"fmt " + struct.pack("<I", len(head)) + head + b"data" + struct.pack("<I", len(data)) + data
+    return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks
+
+
+@pytest.mark.parametrize(
+    ("samples", "channels", "peak"),
+    [
+        ([0.5, -0.25] * 8_000, 1, 50),
+        ([0.25, -0.5] * 8_000, 1, 50),
+        ([0.0, 0.3] * 8_000, 2, 30),
+        ([0.3, -0.3] * 8_000, 2, 30),
+        ([2.0, -2.0] * 8_000, 1, 100),
+        ([float("nan")] * 8_000, 1, 100),
+        ([float("inf")] * 8_000, 1, 100),
+    ],
+    ids=["above", "below", "one channel", "channels that cancel out", "too loud", "no number", "infinite"],
+)
+def test_the_outline_is_of_the_loudest_channel(samples: list[float], channels: int, peak: int, tmp_path: Path) -> None:
+    path = tmp_path / "tone"
+    path.write_bytes(float_wav(*samples, channels=channels))
+    assert set(inspect(path).peaks) <= {peak, peak - 1}  # 0.3 is a little less as a binary number
+
+
+@pytest.mark.parametrize("sample_format", ["pcm_u8", "pcm_s16le", "pcm_s24le", "pcm_s32le", "pcm_f32le", "pcm_f64le"])
+def test_the_outline_is_the_same_however_samples_are_written(sample_format: str, tmp_path: Path) -> None:
+    outlines = []
+    for codec in ("pcm_s16le", sample_format):
+        path = tmp_path / f"{codec}.wav"
+        source = ["-f", "lavfi", "-i", "sine=frequency=300:sample_rate=24000:duration=1,volume=4"]
+        subprocess.run([get_ffmpeg_exe(), "-v", "error", "-y", *source, "-c:a", codec, str(path)], check=True)
+        outlines.append(inspect(path).peaks)
+    assert max(outlines[0]) > 20
+    assert all(abs(one - other) <= 1 for one, other in zip(*outlines, strict=True))
+
+
 @pytest.mark.parametrize("form", FORMS)
 class TestEveryForm:
     async def test_whole_audio_is_saved_and_its_duration_is_what_plays(self, form: str, tmp_path: Path) -> None:

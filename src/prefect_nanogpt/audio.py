@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, Final, Literal, NamedTuple
 
 from prefect_nanogpt.errors import AudioError
 
@@ -50,9 +50,18 @@ DEMUXERS: Final = {"mp3": "mp3", "wav": "wav", "ogg": "ogg", "flac": "flac", "mp
 """FFmpeg's demuxer for each container. Left to guess, it may take a text for a playlist and open what that names."""
 COLUMNS: Final = 120
 DRAWN_RATE: Final = 8_000
-DRAWN_SAMPLES: Final = 160
+LEVEL_SECONDS: Final = 0.02
+SAMPLES: Final[dict[str, tuple[Literal["B", "h", "i", "q", "f", "d"], int, int]]] = {
+    "u8": ("B", 128, 128),
+    "s16": ("h", 0, 2**15),
+    "s32": ("i", 0, 2**31),
+    "s64": ("q", 0, 2**63),
+    "flt": ("f", 0, 1),
+    "dbl": ("d", 0, 1),
+}
+"""FFmpeg's sample formats: what `memoryview` calls them, the value of silence and how far from it the loudest is."""
 LARGEST_DRAWN_BYTES: Final = 32 * 1024**2
-"""Drawing takes three times as long as decoding; a picture of more is not worth the wait."""
+"""Drawing takes about as long as decoding; a picture of more is not worth the wait."""
 LONGEST_SECONDS: Final = 100 * 3600
 """A few bytes of silence can decode to hours, and nobody has a text of that length said in one file."""
 LARGEST_WAV_BYTES: Final = 0x7FFF_0000
@@ -519,21 +528,37 @@ def _how_cut(packet: Packet[AudioStream], frames: list[AudioFrame] | None, conta
 
 
 class _Outline:
-    """The peaks of audio, taken while it is decoded, when its length is not known yet."""
+    """The peaks of audio, taken while it is decoded, when its length is not known yet.
+
+    Of some thousand samples a second the loudest of all channels are kept, each for `LEVEL_SECONDS`. To resample the
+    audio for that would take longer than to decode it, and no picture of a waveform shows the difference.
+    """
 
     def __init__(self) -> None:
         self._levels = array("B")
-        self._rest = array("h")
-        self._to_drawn = Conversion("s16", "mono", DRAWN_RATE)
+        self._rest: list[list[float]] = []
+        """By channel: the samples that are less than a level."""
 
     def add(self, frame: AudioFrame) -> None:
-        for converted in self._to_drawn.convert(frame):
-            self._rest.frombytes(bytes(converted.planes[0])[: 2 * converted.samples])
-        whole = len(self._rest) - len(self._rest) % DRAWN_SAMPLES
-        for start in range(0, whole, DRAWN_SAMPLES):
-            here = self._rest[start : start + DRAWN_SAMPLES].tolist()
-            self._levels.append(max(max(here), -min(here)) * 100 // 32_768)
-        del self._rest[:whole]
+        step = max(1, frame.sample_rate // DRAWN_RATE)
+        samples = round(LEVEL_SECONDS * frame.sample_rate / step)
+        code, silence, loudest = SAMPLES[frame.format.packed.name]
+        channels = frame.layout.nb_channels
+        if len(self._rest) != channels:
+            self._rest = [[] for _ in range(channels)]
+        for channel, rest in enumerate(self._rest):
+            if frame.format.is_planar:
+                plane, first, every = frame.planes[channel], 0, 1
+            else:
+                plane, first, every = frame.planes[0], channel, channels
+            rest += memoryview(plane).cast(code)[first : frame.samples * every : step * every].tolist()
+        whole = len(self._rest[0]) - len(self._rest[0]) % samples
+        for start in range(0, whole, samples):
+            here = [rest[start : start + samples] for rest in self._rest]
+            peak = max(max(*map(max, here), silence) - silence, silence - min(*map(min, here), silence))
+            self._levels.append(int(100 * peak / loudest) if peak < loudest else 100)  # also what is not a number
+        for rest in self._rest:
+            del rest[:whole]
 
     def columns(self) -> tuple[int, ...]:
         columns = min(COLUMNS, len(self._levels))

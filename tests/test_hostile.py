@@ -330,7 +330,11 @@ async def test_audio_is_read_however_its_packing_is_spelt(
         assert await response.aread() == b"ID3 and sound"
 
 
-@pytest.mark.parametrize("body", [b"junk", gzip.compress(b"ID3 and sound")[:-9], gzip.compress(b"ID3")[:-8] + bytes(8)])
+@pytest.mark.parametrize(
+    "body",
+    [b"junk", gzip.compress(b"ID3 and sound")[:-9], gzip.compress(b"ID3")[:-8] + bytes(8)],
+    ids=["not packed", "cut short", "another trailer"],
+)
 async def test_packed_audio_that_cannot_be_unpacked_is_fetched_again(
     body: bytes, asking: NanoGPTClient, sandbox: Sandbox
 ) -> None:

@@ -603,7 +603,7 @@ def outcomes_once_paid(save_to: str, sandbox: Sandbox) -> Counter[str]:
 def test_two_hundred_lines_with_a_kill_in_the_middle(tmp_path: Path, save_to: str) -> None:
     file = table(tmp_path / "lines.csv", 200, slow=100)
     with Sandbox(job_seconds=1.0, speak=False) as sandbox:
-        first = started(file, save_to, sandbox)
+        first = started(file, save_to, sandbox, max_in_flight=100)
         # All places are taken from the hundredth submission on until the first jobs are done, so none is uncertain.
         sandbox.wait_for_request("submit", count=100, timeout=120)
         time.sleep(2)

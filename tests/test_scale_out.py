@@ -179,7 +179,14 @@ def test_four_shards_on_two_workers_one_of_which_is_lost(stack: Stack, tmp_path:
         beats = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS), "PREFECT_WORKER_QUERY_SECONDS": "1"}
         workers = [stack.start("worker", "--limit", "2", **provider, **beats) for _ in range(2)]
         parent = stack.start_process(
-            [sys.executable, "-m", "tests.batching", str(lines), str(save_to), json.dumps({"shards": SHARDS, "max_in_flight": 100})],
+            [
+                sys.executable,
+                "-m",
+                "tests.batching",
+                str(lines),
+                str(save_to),
+                json.dumps({"shards": SHARDS, "max_in_flight": 100}),
+            ],
             cwd=ROOT,
             env=stack.environment("worker", **provider),
         )

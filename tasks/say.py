@@ -161,12 +161,15 @@ class TaskSteps:
     async def poll(self, ticket: Ticket, seconds_left: float) -> TTSStatus:
         """Ask for the status of a job once, and tell when something has changed."""
         self._polls += 1
-        polling.poll_number.set(self._polls)
-        status = await polling.get_tts_status(
-            ticket,
-            self._credentials,
-            max_retry_after_seconds=min(seconds_left, LONGEST_RETRY_AFTER_SECONDS),
-        )
+        number = polling.poll_number.set(self._polls)
+        try:
+            status = await polling.get_tts_status(
+                ticket,
+                self._credentials,
+                max_retry_after_seconds=min(seconds_left, LONGEST_RETRY_AFTER_SECONDS),
+            )
+        finally:  # what is polled afterwards in the same context is not of this wait
+            polling.poll_number.reset(number)
         if isinstance(status, Pending) and status != self._last:
             await self._tell(status)
             self._last = status

@@ -36,6 +36,7 @@ from prefect_nanogpt.polling import poll
 from prefect_nanogpt.report import Artifact as ReportArtifact
 from prefect_nanogpt.sandbox import Answer, Cut, Hang, Redirect, Sandbox, Slow
 from prefect_nanogpt.storage import Destination
+from prefect_nanogpt.tasks import get_tts_status
 from tests.conftest import API_KEY, eventually
 from tests.sounds import tone
 
@@ -680,6 +681,24 @@ async def test_a_parent_flow_gets_the_typed_exception_with_code_and_ticket(
     assert type(caught.value) is expected
     assert caught.value.code == code
     assert caught.value.ticket == Ticket.model_validate(ticket)
+
+
+async def test_a_poll_after_a_wait_is_not_numbered_as_one_of_it(
+    sandbox: Sandbox, credentials: NanoGPTCredentials, save_to: str
+) -> None:
+    ticket = Ticket.model_validate(sandbox.add_job())
+    names: list[str] = []
+
+    def note(_: Any, task_run: TaskRun, __: Any) -> None:
+        names.append(task_run.name)
+
+    @flow
+    async def pipeline() -> None:
+        await wait_for_tts(ticket, save_to=save_to, credentials=credentials)
+        await get_tts_status.with_options(on_completion=[note])(ticket, credentials)
+
+    await pipeline()
+    assert names == ["poll"]
 
 
 @pytest.mark.parametrize("kind", [getattr(errors, name) for name in errors.__all__])

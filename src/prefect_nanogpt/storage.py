@@ -21,6 +21,7 @@ import threading
 import time
 import unicodedata
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime, timedelta
 from functools import cached_property, lru_cache
@@ -462,8 +463,10 @@ class Destination:
             def finish() -> tuple[Sound, str]:
                 write(block)
                 file.flush()
-                sound = inspect(part)
-                _sync(file)
+                with ThreadPoolExecutor(1) as disk:
+                    synced = disk.submit(os.fsync, file.fileno())
+                    sound = inspect(part)
+                synced.result()
                 if fcntl is None:
                     file.close()
                 name = f"{stem}.{extension or sound.container}"

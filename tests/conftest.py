@@ -22,7 +22,8 @@ for name in [name for name in os.environ if name.startswith("NANOGPT_")]:
 
 import httpx
 import pytest
-from prefect.settings import PREFECT_API_URL
+from prefect.server.api.server import SubprocessASGIServer
+from prefect.settings import PREFECT_API_URL, get_current_settings
 from prefect.testing.utilities import prefect_test_harness
 from pydantic import SecretStr
 
@@ -66,8 +67,21 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 @pytest.fixture(scope="session", autouse=True)
 def prefect_server() -> Iterator[None]:
     """A real Prefect server with a database of its own."""
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SubprocessASGIServer, "_run_uvicorn_command", start_prefect_server)
+        with prefect_test_harness(server_startup_timeout=120):
+            yield
+
+
+def start_prefect_server(server: SubprocessASGIServer) -> subprocess.Popen[bytes]:
+    """Start a server as Prefect does, but by our own program."""
+    app = ["--factory", "prefect.server.api.server:create_app", "--log-level", "error"]
+    settings = get_current_settings().to_environment_variables(exclude_unset=True)
+    kind = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("prefect_server.py")), *app, "--port", str(server.port)],
+        env={**os.environ, **kind, **settings},
+    )
 
 
 TRANSPORTS = ["httpx", *(["aiohttp"] if importlib.util.find_spec("aiohttp") else [])]

@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from prefect import flow, task
@@ -68,17 +69,12 @@ async def empty(tasks: int) -> None:
 
 
 named = empty.with_options(flow_run_name=lambda: "tts-some-model-0123abcd")
+"""The same flow, its runs named by a function, as those of `wait_for_tts` are."""
 
 
-async def floor(tasks: int, ticket: Ticket, folder: str) -> int:
+async def floor(nothing_in: Callable[[int], Awaitable[None]], tasks: int, ticket: Ticket, folder: str) -> int:
     """Run a flow that does nothing in as many tasks; give their number."""
-    await empty(tasks)
-    return tasks
-
-
-async def named_floor(tasks: int, ticket: Ticket, folder: str) -> int:
-    """Do the same in a flow whose runs are named by a function, as those of `wait_for_tts` are."""
-    await named(tasks)
+    await nothing_in(tasks)
     return tasks
 
 
@@ -107,7 +103,8 @@ async def main(rounds: int, folder: str) -> dict[str, Any]:
     """Tell the cost of a run and of a poll, each way, in milliseconds, for each round."""
     _, polls = await cost(tracked, 0, LONG, folder)
     besides = await task_runs() - polls  # the save, and whatever else is a task run
-    ways: dict[str, Way] = {"tracked": tracked, "bare": bare, "floor": floor, "named_floor": named_floor}
+    floors: dict[str, Way] = {"floor": partial(floor, empty), "named_floor": partial(floor, named)}
+    ways: dict[str, Way] = {"tracked": tracked, "bare": bare, **floors}
     for way in ways.values():
         await cost(way, 1 + besides, SHORT, folder)
     run_ms: dict[str, list[float]] = {name: [] for name in ways}
@@ -116,7 +113,7 @@ async def main(rounds: int, folder: str) -> dict[str, Any]:
         for name, way in ways.items():
             once = statistics.median([(await cost(way, 1 + besides, SHORT, folder))[0] for _ in range(3)])
             many, count = await cost(way, polls + besides, LONG, folder)
-            more = count - (1 if name in ("tracked", "bare") else 1 + besides)
+            more = count - (1 + besides if name in floors else 1)
             run_ms[name].append(1_000 * once)
             poll_ms[name].append(1_000 * (many - once) / more)
     return {"task_runs": 1 + besides, "run_ms": run_ms, "poll_ms": poll_ms}

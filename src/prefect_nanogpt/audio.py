@@ -48,8 +48,8 @@ EXTENSIONS: Final = {**{container: container for container in CONTENT_TYPES}, "m
 """The container by the extension of a file's name."""
 DEMUXERS: Final = {"mp3": "mp3", "wav": "wav", "ogg": "ogg", "flac": "flac", "mp4": "mov", "aac": "aac"}
 """FFmpeg's demuxer for each container. Left to guess, it may take a text for a playlist and open what that names."""
-OPTIONS: Final = {"wav": {"max_size": "16384"}}
-"""Of demuxers. A packet costs as much as some thousand samples of PCM, and FFmpeg makes one of 4 kB."""
+DEMUXER_OPTIONS: Final = {"wav": {"max_size": "16384"}}
+"""A packet costs as much as some thousand samples of PCM, and FFmpeg makes one of 4 kB."""
 COLUMNS: Final = 120
 DRAWN_RATE: Final = 8_000
 LEVEL_SECONDS: Final = 0.02
@@ -494,7 +494,7 @@ def open_audio(path: Path, container: str, link: tuple[int, int]) -> InputContai
         source = av.open(
             f"subfile,,start,{link[0]},end,{link[1]},,:{path.absolute()}",
             format=DEMUXERS[container],
-            options={"protocol_whitelist": "file,subfile", **OPTIONS.get(container, {})},
+            options={"protocol_whitelist": "file,subfile", **DEMUXER_OPTIONS.get(container, {})},
         )
     except (av.FFmpegError, ValueError) as error:
         raise _invalid(f"The {container} cannot be opened: {getattr(error, 'strerror', None) or error}.") from None

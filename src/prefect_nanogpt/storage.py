@@ -463,7 +463,7 @@ class Destination:
             def finish() -> tuple[Sound, str]:
                 write(block)
                 file.flush()
-                with ThreadPoolExecutor(1) as disk:
+                with ThreadPoolExecutor(1) as disk:  # which may take as long over a large file as the decoder
                     synced = disk.submit(os.fsync, file.fileno())
                     sound = inspect(part)
                 synced.result()

@@ -22,6 +22,7 @@ for name in [name for name in os.environ if name.startswith("NANOGPT_")]:
 
 import httpx
 import pytest
+from prefect.client.base import PrefectHttpxSyncClient
 from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_URL, get_current_settings
 from prefect.testing.utilities import prefect_test_harness
@@ -172,6 +173,16 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
+
+
+def call_prefect(server: str, method: str, path: str, body: Any = None) -> Any:
+    """Ask a Prefect server as its own clients do, which ask again where it says 503.
+
+    On SQLite it says so at once where another has written between what a request reads and what it writes.
+    """
+    with PrefectHttpxSyncClient(base_url=f"{server}/api", timeout=30) as client:
+        answer = client.request(method, path, json=body)
+    return answer.json() if answer.content else None
 
 
 def wait_for_server(url: str, seconds: float = 90) -> None:

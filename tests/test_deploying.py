@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from prefect_nanogpt.sandbox import Accept, Sandbox
-from tests.conftest import API_KEY, free_port, wait_for, wait_for_server
+from tests.conftest import API_KEY, call_prefect, free_port, wait_for, wait_for_server
 from tests.test_installed import COMMAND, Installation, installed
 
 __all__ = ["installed"]
@@ -63,13 +63,7 @@ class Machine:
         return self.run(COMMAND, *arguments, **environment)
 
     def api(self, method: str, path: str, body: Any = None) -> Any:
-        # SQLite has one writer at a time, and Prefect answers 503 to another that it kept waiting.
-        for _ in range(20):
-            answer = httpx.request(method, f"{self.url}/api{path}", json=body, timeout=30)
-            if answer.status_code != 503:
-                break
-        answer.raise_for_status()
-        return answer.json() if answer.content else None
+        return call_prefect(self.url, method, path, body)
 
     def deployment(self, name: str) -> dict[str, Any]:
         return dict(self.api("GET", f"/deployments/name/{name}/{name}"))

@@ -19,13 +19,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import httpx
 import pytest
 import yaml
 
 from prefect_nanogpt.lines import ManifestRow
 from prefect_nanogpt.sandbox import Sandbox
-from tests.conftest import API_KEY, free_port, wait_for_server
+from tests.conftest import API_KEY, call_prefect, free_port, wait_for_server
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "scale-out"
@@ -117,7 +116,7 @@ class Stack:
         process.wait()
 
     def api(self, path: str, body: dict[str, Any]) -> Any:
-        return httpx.post(f"http://127.0.0.1:{self.server_port}/api{path}", json=body).raise_for_status().json()
+        return call_prefect(f"http://127.0.0.1:{self.server_port}", "POST", path, body)
 
 
 def start_postgres(stack: Stack, data: Path) -> None:

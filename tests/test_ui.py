@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from playwright.sync_api import TimeoutError as PlaywrightTimeoutError
 
 from prefect_nanogpt.sandbox import Sandbox
-from tests.conftest import API_KEY, free_port, wait_for
+from tests.conftest import API_KEY, call_prefect, free_port, wait_for
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SCREENSHOTS = os.environ.get("SCREENSHOTS")
@@ -42,8 +42,7 @@ class Served:
         self.url = url
 
     def api(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        answer = httpx.request("GET" if body is None else "POST", f"{self.url}/api{path}", json=body)
-        return answer.raise_for_status().json()
+        return call_prefect(self.url, "GET" if body is None else "POST", path, body)
 
     def runs(self, flow: str) -> list[dict[str, Any]]:
         """All runs of a flow, those that ended last first."""

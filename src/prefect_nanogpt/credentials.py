@@ -36,7 +36,7 @@ from prefect_nanogpt.client import (
 from prefect_nanogpt.connections import AudioHosts, split_login
 from prefect_nanogpt.errors import CredentialsError
 from prefect_nanogpt.events import run_logger, this_run
-from prefect_nanogpt.limits import take_slots
+from prefect_nanogpt.limits import SharedLimit
 from prefect_nanogpt.models import plain_name
 from prefect_nanogpt.storage import problem_with_public_url
 
@@ -417,8 +417,8 @@ async def nanogpt_client(credentials: NanoGPTCredentials | str | None) -> AsyncI
         yield lent.client
         return
     found = await _saved_or_found(credentials)
-    async with found.get_client() as client:
-        client.turns.take_slots = take_slots
+    async with found.get_client() as client, SharedLimit() as limit:
+        client.turns.take_slots = limit.take_slots
         run_logger().info("Asking %s, with the key from %s.", client.base_url, found.source)
         token = _open_client.set(_Lent(client, credentials, found, asyncio.get_running_loop()))
         try:

@@ -22,7 +22,7 @@ from collections import Counter
 from pathlib import Path
 from typing import IO, Any
 
-from benchmarks.batch import lines_of, without_rate_limit
+from benchmarks.batch import without_rate_limit, write_table
 from benchmarks.comparison import Target
 from benchmarks.jobs import durations_of, memory_mb
 from benchmarks.report import verdict
@@ -75,12 +75,13 @@ def size_of(rows: list[ManifestRow]) -> float:
 
 async def say(count: int, folder: str) -> dict[str, Any]:
     """Say all the lines in this process, after one that loads all that is needed."""
-    lines = lines_of(durations_of(KIND, count))
+    table = Path(folder, "lines.csv")
+    write_table(table, durations_of(KIND, count))
     warm_up = [{"id": "first", "text": f"[sandbox:wait 0.1] Process {os.getpid()}."}]
     await text_to_speech_batch(warm_up, save_to=str(Path(folder, "first")))
     before = open_files()
     print(json.dumps({"descriptors": before.total()}), flush=True)
-    rows = await text_to_speech_batch(lines, save_to=folder, allow_partial=True)
+    rows = await text_to_speech_batch(str(table), save_to=folder, allow_partial=True)
     after_mb, peak_mb = memory_mb("VmRSS"), memory_mb("VmHWM")
     left = await descriptors_left(before)
     return {
@@ -150,7 +151,9 @@ def soak(count: int, api: Provider, server: PrefectServer) -> list[Target]:
         charges = api.ask("charges")
     uncertain = {row["id"] for row in rows if row["outcome"] == "SUBMISSION_UNCERTAIN"}
     paid = {str(number): charges.get(f"Line {number}.", 0) for number in range(count)}
-    warm = next(mb for files, mb in memory if files >= WARM_AT * count)
+    shares = [share / 5 for share in range(1, 6)]
+    at = {share: max(mb for files, mb in memory if files <= share * count) for share in shares}
+    warm = at[WARM_AT]
     show(
         {
             "lines": f"{count:,}",
@@ -158,7 +161,7 @@ def soak(count: int, api: Provider, server: PrefectServer) -> list[Target]:
             "faults": ", ".join(f"{number:,} {kind}" for kind, number in seen["faults"].items()),
             "outcomes": ", ".join(f"{number:,} {outcome}" for outcome, number in said["outcomes"].items()),
             "uncertain lines that were charged": f"{sum(paid[line] for line in uncertain)}",
-            f"memory at {100 * WARM_AT:.0f} % of the lines": f"{warm:.0f} MB",
+            "memory until a share of the lines": ", ".join(f"{share:.0%} {mb:.0f} MB" for share, mb in at.items()),
             "memory after the flow": f"{said['after_mb']:.0f} MB, at its highest {said['peak_mb']:.0f} MB",
             "the rows that it returns": f"{said['rows_mb']:.1f} MB",
             "file descriptors left": ", ".join(f"{number} {what}" for what, number in said["left"].items()) or "none",

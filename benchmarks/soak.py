@@ -151,8 +151,7 @@ def soak(count: int, api: Provider, server: PrefectServer) -> list[Target]:
         charges = api.ask("charges")
     uncertain = {row["id"] for row in rows if row["outcome"] == "SUBMISSION_UNCERTAIN"}
     paid = {str(number): charges.get(f"Line {number}.", 0) for number in range(count)}
-    shares = [share / 5 for share in range(1, 6)]
-    at = {share: max(mb for files, mb in memory if files <= share * count) for share in shares}
+    at = {share: next(mb for files, mb in memory if files >= share * count) for share in (WARM_AT, 0.4, 0.6, 0.8)}
     warm = at[WARM_AT]
     show(
         {
@@ -161,7 +160,7 @@ def soak(count: int, api: Provider, server: PrefectServer) -> list[Target]:
             "faults": ", ".join(f"{number:,} {kind}" for kind, number in seen["faults"].items()),
             "outcomes": ", ".join(f"{number:,} {outcome}" for outcome, number in said["outcomes"].items()),
             "uncertain lines that were charged": f"{sum(paid[line] for line in uncertain)}",
-            "memory until a share of the lines": ", ".join(f"{share:.0%} {mb:.0f} MB" for share, mb in at.items()),
+            "memory at a share of the lines": ", ".join(f"{share:.0%} {mb:.0f} MB" for share, mb in at.items()),
             "memory after the flow": f"{said['after_mb']:.0f} MB, at its highest {said['peak_mb']:.0f} MB",
             "the rows that it returns": f"{said['rows_mb']:.1f} MB",
             "file descriptors left": ", ".join(f"{number} {what}" for what, number in said["left"].items()) or "none",

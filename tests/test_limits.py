@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import sys
 from collections.abc import AsyncIterator
 from datetime import datetime, timedelta, tzinfo
 from typing import Any
@@ -29,10 +30,12 @@ def not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-async def limit() -> AsyncIterator[None]:
+async def limit(request: pytest.FixtureRequest) -> AsyncIterator[None]:
+    """A limit whose slots come back, unless it is given another rate."""
+    a_second = getattr(request, "param", A_SECOND)
     async with get_client() as client:
         await client.create_global_concurrency_limit(
-            GlobalConcurrencyLimitCreate(name=RATE_LIMIT, limit=AT_ONCE, slot_decay_per_second=A_SECOND)
+            GlobalConcurrencyLimitCreate(name=RATE_LIMIT, limit=AT_ONCE, slot_decay_per_second=a_second)
         )
         yield
         await client.delete_global_concurrency_limit_by_name(RATE_LIMIT)
@@ -53,6 +56,22 @@ def refusals(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(PrefectClient, "increment_concurrency_slots", watched)
     return seen
+
+
+def busy(monkeypatch: pytest.MonkeyPatch, times: int) -> list[httpx.Request]:
+    """Let Prefect's server be too busy to give out slots so many times; give the requests for them as they come."""
+    send = httpx.AsyncHTTPTransport.handle_async_request
+    asked: list[httpx.Request] = []
+
+    async def busy_at_first(transport: httpx.AsyncHTTPTransport, request: httpx.Request) -> httpx.Response:
+        if request.url.path.endswith("/increment"):
+            asked.append(request)
+            if len(asked) <= times:
+                return httpx.Response(503)
+        return await send(transport, request)
+
+    monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", busy_at_first)
+    return asked
 
 
 @pytest.mark.parametrize("clock", [0, -3_600, 3_600])
@@ -85,17 +104,7 @@ async def test_status_calls_keep_to_a_global_rate_limit(
 async def test_a_busy_database_is_asked_again_at_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    send = httpx.AsyncHTTPTransport.handle_async_request
-    asked = []
-
-    async def busy_at_first(transport: httpx.AsyncHTTPTransport, request: httpx.Request) -> httpx.Response:
-        if request.url.path.endswith("/increment"):
-            asked.append(request)
-            if len(asked) < 4:
-                return httpx.Response(503)
-        return await send(transport, request)
-
-    monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", busy_at_first)
+    asked = busy(monkeypatch, times=3)
     async with SharedLimit() as limit:
         with caplog.at_level(logging.DEBUG, "prefect.client"):
             assert await limit.take_slots(1) == 1
@@ -105,27 +114,19 @@ async def test_a_busy_database_is_asked_again_at_once(
 
 @pytest.mark.usefixtures("limit")
 async def test_a_database_that_stays_busy_is_left_to_the_patience_of_prefect(monkeypatch: pytest.MonkeyPatch) -> None:
-    send = httpx.AsyncHTTPTransport.handle_async_request
-
-    async def busy(transport: httpx.AsyncHTTPTransport, request: httpx.Request) -> httpx.Response:
-        return httpx.Response(503) if request.url.path.endswith("/increment") else await send(transport, request)
-
-    monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", busy)
+    busy(monkeypatch, times=sys.maxsize)
     monkeypatch.setattr(limits, "BUSY_SECONDS", 0.0)
     async with SharedLimit() as limit:
         with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), pytest.raises(httpx.HTTPStatusError, match="503"):
             await limit.take_slots(1)
 
 
+@pytest.mark.parametrize("limit", [0.0], indirect=True)
+@pytest.mark.usefixtures("limit")
 async def test_a_limit_whose_slots_do_not_come_back_is_refused_with_the_reason() -> None:
-    async with get_client() as client:
-        await client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=RATE_LIMIT, limit=AT_ONCE))
-        try:
-            async with SharedLimit() as limit:
-                with pytest.raises(httpx.HTTPStatusError, match="decay"):
-                    await limit.take_slots(1)
-        finally:
-            await client.delete_global_concurrency_limit_by_name(RATE_LIMIT)
+    async with SharedLimit() as limit:
+        with pytest.raises(httpx.HTTPStatusError, match="decay"):
+            await limit.take_slots(1)
 
 
 async def test_jobs_that_start_together_ask_for_the_limit_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ class SharedLimit:
 
     def __init__(self) -> None:
         self._stack = AsyncExitStack()
-        self._client: PrefectClient | None = None
+        self._impatient: PrefectClient | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -63,12 +63,13 @@ class SharedLimit:
             if time.monotonic() < _look_again_at:
                 return wanted
             try:
-                return await self._take(wanted)
+                async with get_client() as client:
+                    return await self._take(client, wanted)
             except ObjectNotFound:
                 _look_again_at = time.monotonic() + LOOK_AGAIN_SECONDS
                 return wanted
 
-    async def _take(self, wanted: int) -> int:
+    async def _take(self, client: PrefectClient, wanted: int) -> int:
         """Ask for slots when they are free, and not before.
 
         Prefect counts what has come back since the limit was last changed. It changes the limit too when it refuses
@@ -76,8 +77,7 @@ class SharedLimit:
         """
         changed_at, seen_at = None, 0.0
         while True:
-            async with get_client() as client:
-                limit = await client.read_global_concurrency_limit_by_name(RATE_LIMIT)
+            limit = await client.read_global_concurrency_limit_by_name(RATE_LIMIT)
             slots = max(1, min(wanted, limit.limit // 2))
             if limit.updated and limit.slot_decay_per_second:
                 if limit.updated != changed_at:
@@ -89,7 +89,7 @@ class SharedLimit:
                     await asyncio.sleep(seconds)
                     continue
             try:
-                await self._ask_for(slots)
+                await self._ask_for(client, slots)
             except httpx.HTTPStatusError as error:
                 if error.response.status_code != httpx.codes.LOCKED:
                     raise
@@ -98,22 +98,21 @@ class SharedLimit:
             else:
                 return slots
 
-    async def _ask_for(self, slots: int) -> None:
+    async def _ask_for(self, patient: PrefectClient, slots: int) -> None:
         """Ask for slots, and soon again where the database is busy.
 
         SQLite refuses at once where another has written since the transaction began, which is over as soon. Prefect's
         client would ask again after two seconds.
         """
-        if self._client is None:
+        if self._impatient is None:
             hooks = {"response": [_raise_if_busy]}
-            self._client = await self._stack.enter_async_context(get_client(httpx_settings={"event_hooks": hooks}))
+            self._impatient = await self._stack.enter_async_context(get_client(httpx_settings={"event_hooks": hooks}))
         for _ in range(BUSY_TIMES):
             with suppress(_BusyError):
-                await self._client.increment_concurrency_slots([RATE_LIMIT], slots, "rate_limit")
+                await self._impatient.increment_concurrency_slots([RATE_LIMIT], slots, "rate_limit")
                 return
             await asyncio.sleep(BUSY_SECONDS)
-        async with get_client() as client:
-            await client.increment_concurrency_slots([RATE_LIMIT], slots, "rate_limit")
+        await patient.increment_concurrency_slots([RATE_LIMIT], slots, "rate_limit")
 
 
 class _BusyError(Exception):

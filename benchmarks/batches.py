@@ -13,7 +13,9 @@ from typing import Any
 from benchmarks.batch import SHARDS, write_table
 from benchmarks.comparison import Comparison, Target, percentile_95, shown
 from benchmarks.jobs import durations_of
+from benchmarks.postgres import PROGRAMS, postgres
 from benchmarks.stage import PrefectServer, Run, bucket, client, file_system, prefect_server, provider
+from prefect_nanogpt.shell import free_port
 
 PER_SECOND = 25.0
 """The provider's limit, over all routes."""
@@ -233,28 +235,40 @@ def compare_distance(quick: bool) -> Comparison:
 def compare_shards(quick: bool) -> Comparison:
     """Compare two processes that share a batch and the limit with the bound of one."""
     count, kind, rounds = (60, "quick", 1) if quick else (500, "uniform", 3)
-    runs = [_in_shards(count, kind) for _ in range(rounds)]
+    found: dict[str, list[dict[str, float]]] = {}
+    for _ in range(rounds):
+        found.setdefault("SQLite", []).append(_in_shards(count, kind, None))
+        if PROGRAMS is not None:
+            with postgres(free_port()) as url:
+                found.setdefault("Postgres", []).append(_in_shards(count, kind, url))
     return Comparison(
         "Under the limit, in shards",
         f"{count:,} lines as above in {SHARDS} processes at the same time, as shards have them: each with its half of "
         "the lines, of `max_in_flight` and of `requests_per_second`, both into one folder, and on the Prefect server "
-        "the global limit `nanogpt` with 10 slots of which 24 come back in a second. CPU is of both processes, memory "
-        f"of the larger. Medians of {rounds} rounds, with their ranges.",
+        "the global limit `nanogpt` with 10 slots of which 24 come back in a second. The server's database is SQLite, "
+        "or Postgres, if that is on the machine. CPU is of both processes, memory of the larger. Medians of "
+        f"{rounds} rounds in turn, with their ranges.",
         ["", "time ÷ bound", *LIMIT_COLUMNS],
-        [_limit_row(f"{SHARDS} shards", runs, count)],
-        [Target.of(f"time of {count:,} lines in {SHARDS} shards, against the bound", _times_bound(runs, count), 1.35)]
-        if not quick
-        else [],
-        {"runs": runs},
+        [_limit_row(f"{SHARDS} shards, {database}", runs, count) for database, runs in found.items()],
+        [
+            Target.of(
+                f"time of {count:,} lines in {SHARDS} shards, {database}, against the bound",
+                _times_bound(runs, count),
+                1.35,
+            )
+            for database, runs in found.items()
+            if not quick
+        ],
+        found,
     )
 
 
-def _in_shards(count: int, kind: str) -> dict[str, float]:
+def _in_shards(count: int, kind: str, database: str | None) -> dict[str, float]:
     """Run a batch in shards, all at the same time."""
     with tempfile.TemporaryDirectory(prefix="benchmark-shards-") as folder, provider() as api:
         table = Path(folder, "lines.csv")
         write_table(table, durations_of(kind, count))
-        with prefect_server() as server, ThreadPoolExecutor() as processes:
+        with prefect_server(database=database) as server, ThreadPoolExecutor() as processes:
             _limit_requests(server)
 
             def run_shard(number: int) -> Run:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -16,6 +15,8 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from prefect_nanogpt.shell import free_port
 
 ROOT = Path(__file__).parent.parent
 QUIET = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PREFECT_SERVER_LOGGING_LEVEL": "INFO"}
@@ -61,7 +62,7 @@ def provider(*options: str) -> Iterator[Provider]:
 
 @dataclass
 class PrefectServer:
-    """A Prefect server with an SQLite database of its own."""
+    """A Prefect server with a database of its own."""
 
     url: str
     home: Path
@@ -73,7 +74,7 @@ class PrefectServer:
         return {**os.environ, **QUIET, "PREFECT_API_URL": self.url}
 
     def rows(self) -> int:
-        """Count the rows of all tables."""
+        """Count the rows of all tables of its SQLite database."""
         with closing(sqlite3.connect(f"file:{self.home / 'prefect.db'}?mode=ro", uri=True, timeout=60)) as database:
             tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
             return sum(int(database.execute(f'SELECT count(*) FROM "{table}"').fetchone()[0]) for table in tables)
@@ -98,17 +99,18 @@ class PrefectServer:
 
 
 @contextmanager
-def prefect_server() -> Iterator[PrefectServer]:
-    """Run a Prefect server."""
+def prefect_server(*, database: str | None = None) -> Iterator[PrefectServer]:
+    """Run a Prefect server, with SQLite if no `database` is given, as a URL that Prefect knows."""
     home = Path(tempfile.mkdtemp(prefix="benchmark-prefect-"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
+    own = {"PREFECT_HOME": str(home), "PREFECT_UI_ENABLED": "false"}
+    if database:
+        own["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database
     command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
     with (home / "access.log").open("w") as log:
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)],
-            env={**os.environ, **QUIET, "PREFECT_HOME": str(home), "PREFECT_UI_ENABLED": "false"},
+            env={**os.environ, **QUIET, **own},
             stdout=log,
             stderr=subprocess.STDOUT,
         )

@@ -4,7 +4,6 @@ import csv
 import hashlib
 import json
 import os
-import pwd
 import shlex
 import shutil
 import signal
@@ -16,27 +15,18 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import yaml
 
+from benchmarks.postgres import PROGRAMS, postgres
 from prefect_nanogpt.lines import ManifestRow
 from prefect_nanogpt.sandbox import Sandbox
 from tests.conftest import API_KEY, call_prefect, free_port, wait_for_server
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "scale-out"
-# Debian keeps the programs of a Postgres server out of the way of the clients'.
-POSTGRES = next(
-    (
-        path
-        for path in [*sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True), *map(Path, os.get_exec_path())]
-        if (path / "initdb").exists() and (path / "postgres").exists()
-    ),
-    None,
-)
 REDIS = shutil.which("redis-server")
 BIN = Path(sys.executable).parent
 LINES, SHARDS = 400, 4
@@ -44,7 +34,7 @@ LINES, SHARDS = 400, 4
 HEARTBEAT_SECONDS, LOST_AFTER_SECONDS = 30, 70
 
 pytestmark = [
-    pytest.mark.skipif(POSTGRES is None or REDIS is None, reason="no Postgres or no Redis on this machine"),
+    pytest.mark.skipif(PROGRAMS is None or REDIS is None, reason="no Postgres or no Redis on this machine"),
     pytest.mark.timeout(600),
 ]
 
@@ -119,24 +109,6 @@ class Stack:
         return call_prefect(f"http://127.0.0.1:{self.server_port}", "POST", path, body)
 
 
-def start_postgres(stack: Stack, data: Path) -> None:
-    assert POSTGRES
-    # Postgres refuses to run as root, who can become the user that its package made.
-    user = pwd.getpwnam("postgres") if os.getuid() == 0 else None
-    options: dict[str, Any] = {"user": user.pw_uid, "group": user.pw_gid} if user else {}
-    if user:
-        os.chown(data, user.pw_uid, user.pw_gid)
-    quiet = {"stdout": subprocess.DEVNULL, "check": True, **options}
-    subprocess.run([POSTGRES / "initdb", "-D", data, "--username=prefect", "--auth=trust"], cwd=data, **quiet)
-    address = ["-h", "127.0.0.1", "-p", str(stack.postgres_port)]
-    stack.start_process([str(POSTGRES / "postgres"), "-D", str(data), "-k", str(data), *address], cwd=data, **options)
-    create = [POSTGRES / "createdb", *address, "-U", "prefect", "prefect"]
-    deadline = time.monotonic() + 60
-    while subprocess.run(create, cwd=data, stderr=subprocess.DEVNULL).returncode:
-        assert time.monotonic() < deadline, "Postgres does not start"
-        time.sleep(0.3)
-
-
 @pytest.fixture
 def stack(tmp_path: Path) -> Iterator[Stack]:
     assert REDIS
@@ -148,10 +120,8 @@ def stack(tmp_path: Path) -> Iterator[Stack]:
     shutil.copy(ROOT / "prefect.yaml", project)
     shutil.copytree(ROOT / "flows", project / "flows", ignore=shutil.ignore_patterns("__pycache__"))
     with ExitStack() as cleanup:
-        # Not in tmp_path, where only this user may look.
-        data = cleanup.enter_context(TemporaryDirectory(prefix="postgres-", ignore_cleanup_errors=True))
+        cleanup.enter_context(postgres(stack.postgres_port))
         cleanup.callback(lambda: [stack.kill(process) for process in stack.processes if process.poll() is None])
-        start_postgres(stack, Path(data))
         stack.start_process([REDIS, "--port", str(stack.redis_port), "--save", "", "--dir", str(tmp_path)])
         stack.start("server", "--port", str(stack.server_port))
         wait_for_server(f"http://127.0.0.1:{stack.server_port}/api/health")

@@ -15,6 +15,7 @@ from uuid import UUID
 import httpx
 from prefect.blocks.abstract import CredentialsBlock
 from prefect.client.orchestration import get_client
+from prefect.context import FlowRunContext, TaskRunContext
 from pydantic import (
     ConfigDict,
     Field,
@@ -418,7 +419,8 @@ async def nanogpt_client(credentials: NanoGPTCredentials | str | None) -> AsyncI
         return
     found = await _saved_or_found(credentials)
     async with found.get_client() as client, SharedLimit() as limit:
-        client.turns.take_slots = limit.take_slots
+        if FlowRunContext.get() or TaskRunContext.get():  # outside of a run Prefect would start a server to be asked
+            client.turns.take_slots = limit.take_slots
         run_logger().info("Asking %s, with the key from %s.", client.base_url, found.source)
         token = _open_client.set(_Lent(client, credentials, found, asyncio.get_running_loop()))
         try:

@@ -76,7 +76,7 @@ def prefect_server() -> Iterator[None]:
 
 def start_prefect_server(server: SubprocessASGIServer) -> subprocess.Popen[bytes]:
     """Start a server as Prefect does, but by our own program."""
-    app = ["--factory", "prefect.server.api.server:create_app", "--log-level", "error", "--lifespan", "on"]
+    app = ["uvicorn", "--factory", "prefect.server.api.server:create_app", "--log-level", "error", "--lifespan", "on"]
     settings = get_current_settings().to_environment_variables(exclude_unset=True)
     kind = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
     return subprocess.Popen(

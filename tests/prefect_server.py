@@ -5,15 +5,15 @@ that SQLite has refused something are garbage, and to free one takes the lock of
 in its own thread until it may write holds that lock for up to 60 s, and whoever it waits for cannot commit without the
 loop. Seen with Prefect 3.9.1 where ten threads start runs at once: requests failed with HTTP 503, "database is locked".
 
-python prefect_server.py ARGUMENTS, which are those of uvicorn
+python prefect_server.py uvicorn ARGUMENTS, or prefect server start
 """
 
 import gc
+import runpy
+import sys
 import threading
 import time
 from itertools import count
-
-import uvicorn
 
 COLLECT_SECONDS = 1.0
 ALL_OF_IT = 60
@@ -30,4 +30,5 @@ def collect() -> None:
 if __name__ == "__main__":
     gc.disable()
     threading.Thread(target=collect, daemon=True).start()
-    uvicorn.main()
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

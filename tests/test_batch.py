@@ -618,9 +618,9 @@ def test_two_hundred_lines_with_a_kill_in_the_middle(tmp_path: Path, save_to: st
 
 def serve_prefect(home: Path, port: int) -> subprocess.Popen[bytes]:
     """Start a Prefect server with its database in `home`, and wait until it answers."""
-    command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
+    uvicorn = ["uvicorn", "--factory", "prefect.server.api.server:create_app"]
     server = subprocess.Popen(
-        [*command, "--host", "127.0.0.1", "--port", str(port)],
+        [sys.executable, "-m", "tests.prefect_server", *uvicorn, "--host", "127.0.0.1", "--port", str(port)],
         env={**os.environ, "PREFECT_HOME": str(home)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -160,7 +160,7 @@ class Runs:
         environment = {"PREFECT_API_URL": server, "PYTHONASYNCIODEBUG": "1"}
         if source == "environment":
             environment |= {"NANOGPT_API_KEY": fields["api_key"], "NANOGPT_BASE_URL": fields["base_url"]}
-        self._told = machine.root / "stdout"
+        self._told, self._log = machine.root / "stdout", machine.root / "stderr"
         self._process = machine.start("tests.leaking", **environment)
         self._tell({"from": source, "fields": fields})
         self._made = 0
@@ -179,7 +179,7 @@ class Runs:
         deadline = time.monotonic() + 60
         while len(answers := self._told.read_text().splitlines()) < self._made:
             assert self._process.poll() is None
-            assert time.monotonic() < deadline
+            assert time.monotonic() < deadline, self._log.read_text()[-10_000:]
             time.sleep(0.05)
         return answers[-1]
 
@@ -201,7 +201,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Machine:
 @pytest.fixture(scope="module")
 def server(host: Machine) -> Iterator[str]:
     port = free_port()
-    process = host.start("prefect", "server", "start", "--port", str(port))
+    process = host.start("tests.prefect_server", "prefect", "server", "start", "--port", str(port))
     try:
         wait_for_server(f"http://127.0.0.1:{port}/api/health")
         yield f"http://127.0.0.1:{port}/api"

@@ -50,6 +50,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 T = TypeVar("T")
 API_KEY = "sk-nano-a-key-that-must-not-leak"
+PREFECT_SERVER = [sys.executable, str(Path(__file__).with_name("prefect_server.py"))]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -80,7 +81,7 @@ def start_prefect_server(server: SubprocessASGIServer) -> subprocess.Popen[bytes
     settings = get_current_settings().to_environment_variables(exclude_unset=True)
     kind = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
     return subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("prefect_server.py")), *app, "--port", str(server.port)],
+        [*PREFECT_SERVER, *app, "--port", str(server.port)],
         env={**os.environ, **kind, **settings},
     )
 

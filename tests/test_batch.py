@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -41,7 +40,7 @@ from prefect_nanogpt.models import DEFAULT_MODEL, PollSchedule
 from prefect_nanogpt.report import Artifact
 from prefect_nanogpt.sandbox import Accept, Answer, Cut, Sandbox
 from prefect_nanogpt.storage import Destination
-from tests.conftest import API_KEY, eventually, free_port, start, wait_for_server
+from tests.conftest import API_KEY, PREFECT_SERVER, eventually, free_port, start, wait_for_server
 
 
 def lines_of(count: int, text: str = "Line {} of many.") -> list[dict[str, Any]]:
@@ -620,7 +619,7 @@ def serve_prefect(home: Path, port: int) -> subprocess.Popen[bytes]:
     """Start a Prefect server with its database in `home`, and wait until it answers."""
     uvicorn = ["uvicorn", "--factory", "prefect.server.api.server:create_app"]
     server = subprocess.Popen(
-        [sys.executable, "-m", "tests.prefect_server", *uvicorn, "--host", "127.0.0.1", "--port", str(port)],
+        [*PREFECT_SERVER, *uvicorn, "--host", "127.0.0.1", "--port", str(port)],
         env={**os.environ, "PREFECT_HOME": str(home)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
